@@ -1,5 +1,6 @@
 """The command `cortex`: run, ls, compare, average, clean and sweep, on runs in any state."""
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -144,6 +145,29 @@ def test_the_help_of_every_command_has_examples(
     assert max(map(len, text.splitlines())) <= 100
     main([])
     assert f"  {name} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sweep", "ls", "report", "average", "export", "replay", "clean"])
+def test_the_help_of_a_command_lists_its_options(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options: list[str] = []
+    add = argparse.ArgumentParser.add_argument
+
+    def record(self: argparse.ArgumentParser, *names: str, **more: Any) -> argparse.Action:
+        options.extend(each for each in names if each.startswith("--"))
+        return add(self, *names, **more)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", record)
+    monkeypatch.chdir(tmp_path)
+    main([name])  # Builds the parser; most commands then refuse to run without arguments.
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert options
+    assert [each for each in options if each not in text.partition("Examples:")[0]] == []
 
 
 def test_the_help_of_a_recipe_shows_its_keys_and_calls_that_work(
@@ -303,9 +327,31 @@ def test_the_last_lines_name_the_best_checkpoint_and_infer(
 # ------------------------------------------------------------------------------------- the state
 
 
+def test_a_run_that_looks_at_its_own_folder_keeps_its_lock(tmp_path: Path) -> None:
+    folder, link = tmp_path / "run", tmp_path / "link"
+    link.symlink_to(folder)
+
+    def locked() -> bool:
+        code = "import sys; from trainer.cli.runs import *; print(is_locked(Path(sys.argv[1])))"
+        told = subprocess.check_output([sys.executable, "-c", code, str(folder)], text=True)
+        return told == "True\n"
+
+    def train(run: Any) -> None:
+        for place in (folder, link):
+            assert read_run(place).state == "running"
+            with pytest.raises(ValueError, match="is in use by this process"):
+                launch(lambda run: None, {}, place)
+        main(["clean", "-y", str(folder)])
+        assert locked()
+
+    launch(train, {}, folder)
+    assert not locked()
+    launch(lambda run: None, {}, folder)
+
+
 def ends(how: str) -> Callable[[Any], None]:
     def train(run: Any) -> None:
-        assert read_run(run.folder).state == "crashed"  # Running, for all but this process.
+        assert read_run(run.folder).state == "running"
         if how == "crashed":
             raise RuntimeError("out\nof luck \x1b[2J")
         if how == "stopped":

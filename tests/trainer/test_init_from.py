@@ -361,7 +361,9 @@ def test_a_file_of_anything_but_tensors_is_refused_and_runs_nothing(
 
 def test_a_folder_with_weights_in_pickle_alone_is_refused(tmp_path: Path) -> None:
     torch.save(expected(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="are pickled alone .pytorch_model.bin.*safetensors"):
+    with pytest.raises(
+        ValueError, match="has only pickled weights .pytorch_model.bin.*safetensors"
+    ):
         started(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""SpeechBrain's conventions, for recipes that were written for it and for its objects."""
+"""SpeechBrain's conventions, for its recipes and its objects."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SpeechBrainConventions(Conventions):
             toolkit.warn_of_uncalled(kind)
 
     def checkpointer(self, checkpointer: Any, hparams: SimpleNamespace) -> Any:
-        """Return a `Checkpointer` of this package in place of one of SpeechBrain's."""
+        """Return a `Checkpointer` of this package, converted from SpeechBrain's if necessary."""
         if not toolkit.is_theirs(checkpointer):
             return checkpointer
         ours = Checkpointer(
@@ -51,19 +51,19 @@ class SpeechBrainConventions(Conventions):
     def make_loader(
         self, make: Callable[..., Any], dataset: Any, train: bool, options: Mapping[str, Any]
     ) -> Any:
-        """Return a loader with SpeechBrain's defaults where a recipe counts on them.
+        """Return a loader with SpeechBrain's defaults for its recipes and datasets.
 
-        Its datasets give its own batches, in which lengths are relative to the longest item. Its
+        SpeechBrain's datasets give its own batches, with lengths relative to the longest item. Its
         recipes get training items in the dataset's order, which they may have sorted, unless an
-        option names another order. The option ``looped_nominal_epoch`` gives the batches of an
-        epoch of a loader that starts anew at its end.
+        option sets another order. The option ``looped_nominal_epoch`` is the number of batches in
+        an epoch of a loader that starts over at its end.
 
         Raises:
             ValueError: ``looped_nominal_epoch`` is given, and SpeechBrain is not imported.
         """
         options = dict(options)
         looped = options.pop("looped_nominal_epoch", None)
-        of_theirs = toolkit.is_theirs(dataset) or toolkit.is_theirs(  # A subset has a dataset.
+        of_theirs = toolkit.is_theirs(dataset) or toolkit.is_theirs(  # Also a Subset of one.
             getattr(dataset, "dataset", None)
         )
         batches = sys.modules.get(f"{toolkit.PACKAGE}.dataio.batch")
@@ -89,7 +89,7 @@ class SpeechBrainConventions(Conventions):
         return dataloader.LoopedLoader(loader, looped)
 
     def step_without_gradients(self, error: ValueError) -> None:
-        """Warn once in a recipe of SpeechBrain's, where such a step is allowed; raise in others."""
+        """Warn once in a SpeechBrain recipe, where such a step is allowed; raise in others."""
         if not self.measures:
             raise error
         toolkit.warn_once(str(error))

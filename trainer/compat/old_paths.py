@@ -12,7 +12,7 @@ from importlib.abc import Loader, PathEntryFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# Successors by former module; a name is looked up in each of them in turn.
+# Successors by former module, searched in order for a name.
 OLD_PATHS: dict[str, tuple[str, ...]] = {
     "trainer.averages": ("trainer.metrics", "trainer.optim.ema"),
     "trainer.configuration": ("trainer.config",),
@@ -61,7 +61,7 @@ class _Finder(PathEntryFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Replace `module` by its successor, or fill it with the public names of packages.
 
-        The alias of a package has no submodules: they would be imported a second time.
+        The alias of a package has no submodules, which would be imported a second time.
         """
         modules = [importlib.import_module(name) for name in OLD_PATHS[module.__name__]]
         if len(modules) == 1 and not hasattr(modules[0], "__path__"):
@@ -75,8 +75,8 @@ def install(search_path: list[str]) -> None:
     """Make former import paths importable.
 
     Args:
-        search_path: `trainer.__path__`, to which an entry is added: it is searched last, and only
-            for modules of `trainer`.
+        search_path: `trainer.__path__`; gets an entry that is searched last, and only for modules
+            of `trainer`.
     """
     entry = f"{search_path[0]}/<former import paths>"
 

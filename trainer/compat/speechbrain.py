@@ -1,4 +1,4 @@
-"""SpeechBrain's names for the head of a recipe; a module to import in SpeechBrain's place.
+"""SpeechBrain's names for the head of a recipe; import it in place of SpeechBrain.
 
     import trainer.compat.speechbrain as sb
 
@@ -7,8 +7,8 @@
     sb.ddp_init_group(run_opts)
     sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
 
-Other names are those of SpeechBrain, which is imported when the first of them is used.
-`trainer.main` does all of the above, and more, by itself.
+Other names come from SpeechBrain, which is imported when the first of them is used. `trainer.main`
+does all of this itself, and more.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from trainer.config.reading import compose, items, object_name
 from trainer.config.registry import recipe_packages
 from trainer.devices import pick_device
 from trainer.epochs import EpochCounter
-from trainer.loggers import TextLog
 from trainer.progress import Stage
 
 __all__ = [
@@ -53,7 +52,7 @@ __all__ = [
 
 logger = logging.getLogger("trainer")
 
-_program = ExitStack()  # What `create_experiment_directory` has opened, until the process ends.
+_program = ExitStack()  # Contexts of `create_experiment_directory`, until the process ends.
 
 
 def __getattr__(name: str) -> Any:
@@ -130,7 +129,7 @@ def ddp_init_group(run_opts: Mapping[str, Any] | None = None) -> None:
     Every rank must call it. The constructor of a `Brain` does the same.
 
     Args:
-        run_opts: the run options, of which ``device`` is used.
+        run_opts: the run options; only ``device`` is used.
     """
     session.end_with_launcher()
     device = (run_opts or {}).get("device") or "auto"
@@ -149,7 +148,7 @@ def run_on_main(
     post_kwargs: Mapping[str, Any] | None = None,
     run_post_on_main: bool = False,
 ) -> Any:
-    """Call a function on rank 0, and then another one on the others. Every rank must call it.
+    """Call a function on rank 0, then another on the other ranks. Every rank must call it.
 
     An error on one rank is raised on all of them.
 
@@ -157,13 +156,13 @@ def run_on_main(
         func: called on rank 0.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        post_func: called on the other ranks once rank 0 is done, such as to load what it wrote.
+        post_func: called on the other ranks once rank 0 is done, for example to load its files.
         post_args: its positional arguments.
         post_kwargs: its keyword arguments.
         run_post_on_main: call ``post_func`` on rank 0, too.
 
     Returns:
-        What ``func`` returned, on every rank; it is sent as JSON.
+        The result of ``func``, on every rank; sent as JSON.
     """
     result = distributed.run_on_main(lambda: func(*(args or ()), **(kwargs or {})))
     if post_func is not None:
@@ -184,9 +183,9 @@ def create_experiment_directory(
 ) -> None:
     """Make the folder of an experiment and record YAML, command and environment in it.
 
-    The folder is locked until the process ends. Where a program calls this function in its own
-    file, messages go to train.log and to the terminal from then on, and the program saves and stops
-    at signals. Every rank must call it.
+    The folder is locked until the process ends. If a program calls this function in its own file,
+    messages then go to train.log and to the terminal, and the program saves and stops at signals.
+    Every rank must call it.
 
     Args:
         experiment_directory: the folder.
@@ -233,7 +232,8 @@ def _begin_program(folder: Path) -> None:
     An error is written to train.log and sent to the other ranks.
     """
     session.end_with_launcher()
-    log = TextLog(folder if distributed.is_main() else None)
+    names = ["__main__", PACKAGE, *recipe_packages()]
+    log = _program.enter_context(session.recorded(folder if distributed.is_main() else None, names))
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -244,9 +244,6 @@ def _begin_program(folder: Path) -> None:
             session.tell_launcher(f"{type(final).__name__}: {final}")
             before(type(final), final, final.__traceback__)
 
-    _program.callback(log.close)
-    _program.enter_context(session.tolerant_output())
-    _program.enter_context(session.messages(log, ["__main__", PACKAGE, *recipe_packages()]))
     _program.enter_context(session.signals_at_safe_points())
     _program.callback(setattr, sys, "excepthook", before)
     sys.excepthook = hook

@@ -17,7 +17,7 @@ from trainer.seed import reseed
 
 PACKAGE = "speechbrain"
 
-# Methods of SpeechBrain's Brain that the loop here does not call.
+# Methods of SpeechBrain's Brain that this loop does not call.
 UNCALLED = (
     "_compile", "_fit_train", "_fit_valid", "_save_intra_epoch_ckpt",
     "_should_save_intra_epoch_ckpt", "_train_loader_specifics", "_wrap_distributed",
@@ -27,12 +27,12 @@ logger = logging.getLogger("trainer")
 
 
 def is_theirs(obj: Any) -> bool:
-    """Return True for an object of a class of SpeechBrain, or of one that derives from such."""
+    """Return True for an object of a SpeechBrain class or a subclass."""
     return any(_in_package(cls.__module__) for cls in type(obj).__mro__)
 
 
 def written_for_it(kind: type) -> bool:
-    """Return True for a class that uses names of SpeechBrain, from its module or a closure.
+    """Return True for a class that uses SpeechBrain's names, from its module or a closure.
 
     Args:
         kind: class of a Brain; its base classes count, too.
@@ -43,7 +43,7 @@ def written_for_it(kind: type) -> bool:
         seen = [*vars(sys.modules.get(cls.__module__, object)).values()]
         for value in vars(cls).values():
             for cell in (isinstance(value, FunctionType) and value.__closure__) or ():
-                with suppress(ValueError):  # It is empty.
+                with suppress(ValueError):  # The cell is empty.
                     seen.append(cell.cell_contents)
         if any(_names_package(value) for value in seen):
             return True
@@ -98,7 +98,7 @@ def warn_once(text: str) -> None:
     logger.warning("%s", text)
 
 
-# Functions that seed: the argument of one that a YAML calls is the seed of the run.
+# Functions that seed; a YAML that calls one sets the seed of the run by its argument.
 SEEDING = (
     "torch.manual_seed", "torch.random.manual_seed", f"{PACKAGE}.utils.seed_everything",
     f"{PACKAGE}.utils.seed.seed_everything", "lightning.seed_everything",
@@ -127,7 +127,7 @@ def set_seed(seed: int = 0, verbose: bool = True, deterministic: bool = False) -
     Args:
         seed: a whole number of 0 or more.
         verbose: not used.
-        deterministic: let torch use deterministic algorithms only.
+        deterministic: let torch use only deterministic algorithms.
 
     Raises:
         ValueError: the seed is no whole number of 0 or more.

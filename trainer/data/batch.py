@@ -1,4 +1,4 @@
-"""Batches: padding and collation, moving to a device, number and names of the examples."""
+"""Batches: padding, collation, moving to a device, number and names of examples."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Padded(NamedTuple):
         """Return the lengths as fractions of the padded length, between 0 and 1, (B,)."""
         return self.lengths / max(self.data.shape[1], 1)
 
-    def _refuse(self, other: Any) -> Any:  # Of a tuple, + and * would join and repeat the fields.
+    def _refuse(self, other: Any) -> Any:  # For a tuple, + and * would join and repeat the fields.
         raise TypeError("arithmetic with a Padded, which is a tensor and its lengths")
 
     __add__ = __radd__ = __mul__ = __rmul__ = _refuse  # type: ignore[misc]
@@ -55,8 +55,8 @@ def pad(tensors: Sequence[Tensor], value: float = 0.0) -> Padded:
         Data (B, max T_i, …) and lengths T_i (B,).
 
     Raises:
-        ValueError: there are no tensors; they differ in another dimension, or one of them is a
-            scalar; no dtype holds the numbers of all of them, or the padding.
+        ValueError: there are no tensors, they differ in another dimension, one is a scalar, or no
+            dtype holds all their numbers and the padding.
     """
     if not len(tensors):
         raise ValueError("pad got no tensors; allowed: one or more")
@@ -75,10 +75,10 @@ def pad(tensors: Sequence[Tensor], value: float = 0.0) -> Padded:
 
 
 def _to_one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors of one dtype, promoted where they differ, without changing a number.
+    """Return tensors of one dtype, promoted if they differ, without changing a number.
 
     Raises:
-        ValueError: there is no such dtype, or it does not hold one of the numbers.
+        ValueError: no dtype holds all the numbers.
     """
     dtypes = sorted({tensor.dtype for tensor in tensors}, key=str)
     if len(dtypes) == 1:
@@ -89,7 +89,7 @@ def _to_one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
         named = ", ".join(map(str, dtypes))
         raise ValueError(f"no dtype holds the numbers of {named}: give all examples one") from error
     if dtype.is_floating_point or dtype.is_complex:
-        limit = int(2 / torch.finfo(dtype).eps)  # Up to here every whole number is exact.
+        limit = int(2 / torch.finfo(dtype).eps)  # Whole numbers up to here are exact.
         for tensor in tensors:
             whole = not (tensor.is_floating_point() or tensor.is_complex())
             if whole and tensor.numel() and float(tensor.double().abs().max()) > limit:
@@ -105,7 +105,7 @@ class Batch:
 
     Fields are read as ``batch.sig`` or ``batch["sig"]``, and set as ``batch.sig = value``. Their
     values unpack in order, as in ``ids, signals = batch``; ``keys`` returns the names, and
-    ``"sig" in batch`` asks for one. ``len(batch)`` is the number of examples.
+    ``"sig" in batch`` tests for one. ``len(batch)`` is the number of examples.
 
     Args:
         fields: values by name: a `Padded`, a tensor (B, …), a list of length B, or containers of
@@ -138,8 +138,8 @@ class Batch:
         return self._fields[name]
 
     def __getattr__(self, name: str) -> Any:
-        # Called only for what is no real attribute. Copying and unpickling, by which a batch
-        # travels between processes, ask for private names before `_fields` exists.
+        # Called only for missing attributes. Copying and unpickling, as between processes, read
+        # private names before `_fields` exists.
         if name.startswith("_"):
             raise AttributeError(name)
         if name in self._fields:
@@ -157,9 +157,9 @@ class Batch:
 
     @property
     def on_host(self) -> Batch:
-        """The batch as it was loaded, before `to` moved it; itself if it was not moved.
+        """The batch as it was loaded, before `to` moved it; the batch itself if it was not moved.
 
-        Python reads lengths and counts from it without waiting for the device.
+        Reading lengths and counts from it does not wait for the device.
         """
         return self if self._host is None else self._host
 
@@ -168,8 +168,8 @@ class Batch:
 
         Args:
             device: target device; `to_device` describes what is moved.
-            non_blocking: copy from a GPU without waiting, too. Copies of page-locked memory to a
-                GPU never wait.
+            non_blocking: do not wait for copies from a GPU either. Copies of page-locked memory to
+                a GPU never wait.
         """
         host = None if torch.device(device).type == "cpu" else self.on_host
         return Batch(_move(self._fields, device, non_blocking), self._size, host)
@@ -269,7 +269,7 @@ def as_tensor(value: Any) -> Tensor | None:
     if is_array(value):
         if value.dtype.kind not in "biufc" or hasattr(value, "mask"):
             return None
-        # A copy: torch takes no foreign byte order, negative strides or memory that is read-only.
+        # A copy: torch takes no foreign byte order, negative strides or read-only memory.
         native = value.dtype.newbyteorder("=")
         return torch.from_numpy(sys.modules["numpy"].array(value, dtype=native, order="C"))
     if not isinstance(value, NUMBERS):
@@ -286,10 +286,10 @@ def is_array(value: Any) -> bool:
 
 
 def collate_plain(items: list[Any]) -> Any:
-    """Join examples as torch's `default_collate` does; values that it refuses become a list.
+    """Join examples by torch's `default_collate`; values that it refuses become a list.
 
     Raises:
-        ValueError: mappings differ in their keys, of which torch would drop some.
+        ValueError: mappings differ in their keys; torch would drop some.
         RuntimeError: tensors or lists differ in their sizes.
     """
     first = items[0]
@@ -305,7 +305,7 @@ def collate_plain(items: list[Any]) -> Any:
         return list(joined.values()) if type(first) is tuple else rebuilt(first, joined)
     try:
         return default_collate(items)
-    except TypeError:  # Objects of any kind.
+    except TypeError:  # An object of another type.
         return items
     except RuntimeError as error:
         error.add_note("the loader option collate_fn=trainer.data.collate pads examples with names")
@@ -321,7 +321,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
         device: target device.
 
     Returns:
-        A batch of the same types; the given one is left where it is, unless its own ``to`` moves it
+        A batch of the same types; the given one stays where it is, unless its own ``to`` moves it
         in place.
     """
     return _move(batch, device)
@@ -337,7 +337,7 @@ def _move(batch: Any, device: torch.device | str, non_blocking: bool = False) ->
         if not movable(value):
             return value
         if isinstance(value, MutableMapping):
-            value = copy.copy(value)  # The batches of transformers' processors move in place.
+            value = copy.copy(value)  # Batches of transformers' processors move in place.
         moved = value.to(device)
         return value if moved is None else moved
 
@@ -352,12 +352,11 @@ def count_examples(batch: Any) -> int:
     """Return the number of examples in a batch.
 
     Returns:
-        The first dimension of the first tensor or array in a tensor, or in nested mappings, lists,
-        tuples, dataclasses and the attributes of an object without a length. Without one, the
-        length of the first list among the fields; or else the length of the batch, where it has
-        one; or else 1. A list of mappings or dataclasses counts as that many examples, as does a
-        field that lists tensors which differ in their first dimension alone: examples that were
-        not padded.
+        The first dimension of the first tensor or array in the batch: a tensor, nested mappings,
+        lists, tuples and dataclasses, or attributes of an object without a length. Else the length
+        of the first list among the fields, else of the batch, else 1. A list of mappings or
+        dataclasses counts as that many examples, as does a field that lists tensors of different
+        lengths, which were not padded.
     """
     if (size := _first_size(batch)) is not None:
         return size
@@ -400,7 +399,7 @@ def _first_size(batch: Any) -> int | None:
 
 
 def _holds_examples(parts: list[Any]) -> bool:
-    """Return True for a list of mappings, dataclasses or ragged tuples, which were not collated."""
+    """Return True for a list of mappings, dataclasses or ragged tuples: examples not collated."""
     # Tensors are tested first, since isinstance of an abstract class such as Mapping is slow.
     return any(
         not isinstance(part, Tensor) and (isinstance(part, Mapping) or is_dataclass(part))
@@ -409,7 +408,7 @@ def _holds_examples(parts: list[Any]) -> bool:
 
 
 def _is_ragged(parts: Sequence[Any]) -> bool:
-    """Return True for tensors, or rows of them, that differ in their first dimension alone."""
+    """Return True for tensors, or rows of them, that differ only in their first dimension."""
     if len(parts) < 2 or isinstance(parts, PackedSequence):
         return False
     if all(type(part) in (list, tuple) for part in parts):
@@ -423,7 +422,7 @@ def _is_ragged(parts: Sequence[Any]) -> bool:
 
 
 def batch_ids(batch: Any) -> list[str]:
-    """Return the names of the examples in a batch: its field or attribute ``id``; [] without."""
+    """Return the names of the examples in a batch: its field or attribute ``id``, else []."""
     ids: Any = batch.get("id", []) if isinstance(batch, Mapping) else getattr(batch, "id", [])
     if isinstance(ids, Tensor) or is_array(ids):
         ids = ids.tolist()
@@ -448,7 +447,7 @@ def batch_sizes(batch: Any) -> str:
 
 
 def add_advice(error: BaseException, batch: Any) -> None:
-    """Add a note to an error of a recipe that has used a `Padded` of a batch as a tensor."""
+    """Add a note to an error of a recipe that used a `Padded` as a tensor."""
     if "Padded" not in str(error):
         return
     name, access = "data", "padded"
@@ -456,7 +455,7 @@ def add_advice(error: BaseException, batch: Any) -> None:
         fields = dict(batch).items()
         names = {id(value): str(name) for name, value in fields if isinstance(value, Padded)}
         name, trace = next(iter(names.values()), name), error.__traceback__
-        while trace is not None:  # The innermost function that has one of them.
+        while trace is not None:  # Finds the innermost function with one of them.
             for value in trace.tb_frame.f_locals.values():
                 name = names.get(id(value), name)
             trace = trace.tb_next

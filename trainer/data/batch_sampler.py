@@ -1,8 +1,8 @@
-"""Order of an epoch's items, and their batches on each rank.
+"""Order of the items of an epoch, and batches for each rank.
 
-The order of an epoch depends on (seed, epoch) alone: not on the number of workers, on where a run
-was resumed, or on what else has drawn random numbers. Samplers handle indices and load nothing, so
-that skipping to the middle of an epoch costs next to nothing.
+The order depends only on (seed, epoch): not on the number of workers, the point of resuming, or
+other random draws. Samplers handle indices and load nothing, so that skipping to the middle of an
+epoch costs next to nothing.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from trainer.seed import derive, fork_rng, is_generator
 
 logger = logging.getLogger("trainer.data")
 
-# Names by which the code of a dataset asks for its rank.
+# Names with which the code of a dataset reads its rank.
 RANK_NAMES = frozenset({
     "rank", "world_size", "num_replicas", "get_rank", "get_world_size", "RANK", "WORLD_SIZE",
 })  # fmt: skip
-FALLBACKS = 16  # Items after a batch without a good one that are tried in its place.
+FALLBACKS = 16  # Items tried after a batch without a good one.
 
 
 def components(source: Any) -> list[Any]:
-    """Return a loader or sampler and its parts: its sampler, batch sampler and dataset, nested."""
+    """Return a loader or sampler and its nested samplers, batch samplers and datasets."""
     found: list[Any] = []
     names = ("sampler", "batch_sampler", "dataset")
     waiting = [source]
@@ -43,14 +43,14 @@ def components(source: Any) -> list[Any]:
 
 
 def knows_ranks(source: Any) -> bool:
-    """Return True if a component of the data gives each rank its own part.
+    """Return True if a component of the data splits it among ranks.
 
-    An attribute ``splits_by_rank`` says so. Without one, a component does if it has, or holds an
-    object that has, a rank and a number of ranks, or if the code of an `IterableDataset`, or of one
-    that it holds, asks for them.
+    Its attribute ``splits_by_rank`` decides. Without one, a component splits if it, or an object in
+    it, has a rank and a number of ranks, or if the code of an `IterableDataset`, or of one in it,
+    reads them.
     """
     parts = components(source)
-    for part in parts:  # The loop also visits what it appends.
+    for part in parts:  # The list grows in the loop.
         if isinstance(part, IterableDataset):
             for held in getattr(part, "__dict__", {}).values():
                 if isinstance(held, IterableDataset) and not any(held is each for each in parts):
@@ -67,12 +67,12 @@ def _knows_ranks(part: Any) -> bool:
         for held in getattr(part, "__dict__", {}).values()
     ):
         return True
-    # A library is judged by its attributes alone: its code may ask for ranks and not use them.
+    # Only attributes count in libraries: their code may read ranks and not use them.
     return isinstance(part, IterableDataset) and asks_for(part, RANK_NAMES, "-packages")
 
 
 def asks_for(part: Any, names: frozenset[str], elsewhere: str = "") -> bool:
-    """Return True if the code of an object's class, or a function that it calls, has a name.
+    """Return True if the code of an object's class, or a function that it calls, uses a name.
 
     Names are those of functions, attributes, variables of the environment, and arguments of the
     class. Files with ``elsewhere`` in their paths do not count.
@@ -94,7 +94,7 @@ def asks_for(part: Any, names: frozenset[str], elsewhere: str = "") -> bool:
     ]
     codes = [function.__code__ for function in (*methods, *filter(counts, called))]
     found = {name for each in methods for name in inspect.signature(each).parameters}
-    # The loop also visits what it appends: comprehensions and functions within are constants.
+    # The list grows in the loop: comprehensions and inner functions are constants.
     for code in codes:
         codes += [each for each in code.co_consts if isinstance(each, CodeType)]
         found.update(code.co_names, (each for each in code.co_consts if isinstance(each, str)))
@@ -102,14 +102,14 @@ def asks_for(part: Any, names: frozenset[str], elsewhere: str = "") -> bool:
 
 
 def set_epoch(source: Any, epoch: int) -> None:
-    """Call ``set_epoch`` of every component of a loader or sampler that has it."""
+    """Call ``set_epoch`` of every component of a loader or sampler, if any."""
     for part in components(source):
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
 
 
 def generators(source: Any) -> list[Any]:
-    """Return the generators of Python, NumPy and torch that components of the data hold."""
+    """Return the random generators of Python, NumPy and torch in components of the data."""
     held: list[Any] = []
     for part in components(source):
         held += [getattr(part, "generator", None), *getattr(part, "__dict__", {}).values()]
@@ -138,31 +138,31 @@ class BatchIndex(NamedTuple):
     """Items of one batch, as a worker receives them."""
 
     epoch: int
-    number: int  # Of the batch in the epoch, counted over all ranks.
+    number: int  # Number of the batch in the epoch, over all ranks.
     indices: Sequence[Any]
-    fallback_indices: Sequence[Any]  # Items to try in this order if none of the batch is good.
+    fallback_indices: Sequence[Any]  # Items to try in order if none of the batch is good.
 
 
 class DistributedBatchSampler:
     """Batches of each epoch for one rank.
 
-    Of every ``world_size`` batches each rank gets one. In training the items of the last,
-    incomplete round are divided equally, or left out where there are fewer of them than ranks. So
-    all ranks get equally many batches, and see together what one process sees with ``world_size``
+    Each rank gets one of every ``world_size`` batches. In training the items of the last,
+    incomplete round are divided equally, or left out if there are fewer of them than ranks, so that
+    all ranks get equally many batches, which together are those of one process with ``world_size``
     times the batch size. In evaluation every item is seen exactly once, and ranks may differ by one
     batch. A sampler that knows its rank (`DistributedSampler`, lhotse's) is used as it is.
 
     Args:
-        sampler: indices of items; or, with ``batch_size=None``, whatever the dataset understands as
-            one batch; or, with ``batched``, lists of indices.
+        sampler: yields indices of items; with ``batch_size=None``, indices that the dataset takes
+            for a batch; with ``batched``, lists of indices.
         batch_size: items of a batch on one rank.
         batched: True for a sampler of whole batches.
         drop_last: leave out an incomplete batch.
         train, seed, rank, world_size: as those of `make_loader`.
 
     Attributes:
-        start: batch at which the next iteration starts; then 0 again.
-        ranks: number of ranks among which the sampler itself splits its items.
+        start: batch at which the next iteration starts, which resets it to 0.
+        ranks: number of ranks that the sampler itself splits its items among.
 
     Raises:
         ValueError: the sampler is set up for other ranks; on iteration, an epoch of training
@@ -202,7 +202,7 @@ class DistributedBatchSampler:
         Raises:
             TypeError: the sampler has no length.
         """
-        len(self.sampler)  # type: ignore[arg-type]  # Raises where the sampler has no length.
+        len(self.sampler)  # type: ignore[arg-type]  # Raises if the sampler has no length.
         return len(self._order_and_batches()[1])
 
     def __iter__(self) -> Iterator[BatchIndex]:
@@ -227,9 +227,9 @@ class DistributedBatchSampler:
                 yield BatchIndex(self.epoch, number * self.world_size + self.rank, batch, fallbacks)
 
     def epoch_items(self) -> list[Any] | None:
-        """Return the current epoch's items of all ranks, or None where they are not known yet.
+        """Return the items of the current epoch on all ranks; None if they are not known yet.
 
-        A sampler that knows its rank gives those of this rank alone; see `ranks`.
+        A sampler that knows its rank returns only those of this rank; see `ranks`.
         """
         if not hasattr(self.sampler, "__len__"):
             return None
@@ -252,11 +252,11 @@ class DistributedBatchSampler:
         return order, batches
 
     def _rounds(self) -> Iterator[Sequence[Any]]:
-        """Yield this rank's batches of a sampler without a length, which may never end."""
+        """Yield this rank's batches from a sampler without a length, which may be endless."""
         forked = self._fork_rng()
         with forked:
-            # Not `iter` alone: lhotse's samplers are their own iterators, and start over each time
-            # that `iter` is called on them (by `islice` below).
+            # A generator, since lhotse's samplers start over at each call of `iter`, as by `islice`
+            # below.
             iterator = (each for each in self.sampler)
         size = self._ranks * (self.batch_size or 1)
         while True:
@@ -276,7 +276,7 @@ class DistributedBatchSampler:
         batches = order
         if not self.batched:
             batches = [order[i : i + size] for i in range(0, len(order), size)]
-        full = len(order) // size  # Batches that are not short.
+        full = len(order) // size  # Number of complete batches.
         if self.drop_last:
             batches = batches[:full]
         if not self.train:
@@ -296,7 +296,7 @@ class DistributedBatchSampler:
 
 
 def _ranks_of(sampler: Any, world_size: int) -> int:
-    """Return the number of ranks among which the sampler itself splits its items."""
+    """Return the number of ranks that the sampler itself splits its items among."""
     for part in components(sampler):
         ranks = getattr(part, "num_replicas", None) or getattr(part, "world_size", None)
         if ranks is not None and hasattr(part, "rank"):

@@ -1,4 +1,4 @@
-"""Data feed: a stage's batches on the run's device, from any batch of an epoch on."""
+"""Data feed: batches of a stage on the run's device, starting at any batch of an epoch."""
 
 from __future__ import annotations
 
@@ -28,21 +28,23 @@ class DataFeed:
     """Batches of a stage, epoch by epoch.
 
     Attributes:
-        stateful: loader whose own state resumes an epoch; None where batches are skipped instead.
+        stateful: loader whose own state resumes an epoch; None if batches are skipped instead.
         sources: objects whose position in an epoch is saved by the feed.
     """
 
     source: Loader | Stream | list[Any] | tuple[Any, ...]  # The batches, or their loader.
     device: torch.device  # Device that the batches are moved to.
-    train: bool  # Ranks must get equally many batches.
+    train: bool  # True if ranks must get equally many batches.
     limit: int = 0  # Maximum number of batches in an epoch; 0 for all.
-    repeat: int = 0  # Number of batches, the first of epoch 1, that make up every epoch; 0 for all.
-    split: bool = False  # The source gives every rank the same batches, to be dealt here.
+    repeat: int = 0  # Number of batches, the first of epoch 1, repeated in every epoch; 0 for all.
+    split: bool = False  # True if every rank reads the same batches, to be dealt here.
     seed: int = 0  # Random seed of the run.
 
     def __post_init__(self) -> None:
         self._repeated: list[Any] | None = None
-        self._at: dict[str, Any] | None = None  # The last epoch, and its last batch if it runs.
+        self._at: dict[str, Any] | None = (
+            None  # The last epoch, and the last batch of an unfinished one.
+        )
         self._saved: Mapping[str, Any] = {}
         # A list is the same in every epoch, and needs no loader.
         self._loader = None if isinstance(self.source, (list, tuple)) else self.source
@@ -54,7 +56,7 @@ class DataFeed:
             self.sources = self._loader.sources
 
     def length(self) -> int | None:
-        """Return the number of batches in an epoch on this rank; None where it is unknown."""
+        """Return the number of batches in an epoch on this rank; None if unknown."""
         try:
             size = len(self.source if self._repeated is None else self._repeated)
         except TypeError:
@@ -72,17 +74,17 @@ class DataFeed:
         return self._loader is not None and self._repeated is None
 
     def describe_wait(self) -> str:
-        """Return what an iteration waits for, such as "waiting for batch 3 of epoch 1"."""
+        """Describe the current wait, such as "waiting for batch 3 of epoch 1"."""
         assert self._loader is not None
         return self._loader.describe_wait()
 
     def undo_draws(self) -> None:
-        """Restore random generators to before the batch that is being loaded drew from them."""
+        """Undo the random draws of the batch that is being loaded."""
         assert self._loader is not None
         self._loader.undo_draws()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of the source; empty if it has none that a resumed run can use."""
+        """Return the position of the source; empty if a resumed run cannot use it."""
         if self._at is None or self.stateful is None:
             return {}
         assert isinstance(self._loader, Stream)
@@ -94,7 +96,7 @@ class DataFeed:
         self._saved = state
 
     def begin(self, epoch: int) -> int | None:
-        """Prepare an epoch, and return its number of batches; None where it is unknown."""
+        """Prepare an epoch, and return its number of batches; None if unknown."""
         if self._loader is not None:
             self._loader.set_epoch(epoch)
         return self.length()
@@ -137,13 +139,13 @@ class DataFeed:
         """Judge the bad files of the current epoch, over all ranks. Collective.
 
         Args:
-            at_end: False in the middle of an epoch, where too few items put off the verdict.
+            at_end: False within an epoch, where too few items are not judged yet.
 
         Returns:
             The number of bad files so far.
 
         Raises:
-            ValueError: too large a share is bad; the same error on all ranks.
+            ValueError: too large a share is bad; raised on all ranks alike.
         """
         if self._loader is None:
             return 0
@@ -176,11 +178,11 @@ def make_feed(
     source: Any,
     *,
     train: bool,
-    name: str,  # Of the stage in error messages, such as "valid".
+    name: str,  # Stage in error messages, such as "valid".
     device: torch.device,
     options: RunOptions,
     make_loader: Callable[..., Any],  # Makes a DataLoader, or an iterable of batches, of a dataset.
-    loader_kwargs: Mapping[str, Any],  # Allowed for a dataset only.
+    loader_kwargs: Mapping[str, Any],  # Allowed only for a dataset.
     makes_datasets: bool = False,  # `make_loader` may make a dataset of a mapping.
     whole: bool = False,  # Every rank gets all batches.
 ) -> DataFeed:
@@ -191,7 +193,7 @@ def make_feed(
             ``make_loader`` returned something that is no iterable.
     """
     loader = source
-    listing = isinstance(source, Mapping)  # Perhaps of items, of which a dataset is to be made.
+    listing = isinstance(source, Mapping)  # Perhaps items for a dataset.
     if listing and not makes_datasets:
         raise ValueError(
             f"the {name} set is a mapping, a {type(source).__name__}; give one of its parts: "
@@ -235,7 +237,7 @@ def make_feed(
 
 
 def _is_dataset(source: Any) -> bool:
-    """Return True for a dataset, also for one of another library: it has items and a length."""
+    """Return True for a dataset, also of another library: it has items and a length."""
     if isinstance(source, Dataset):
         return not isinstance(source, DataLoader)
     if isinstance(source, (Loader, Stream, DataLoader, Sequence)) or hasattr(source, "__array__"):
@@ -244,7 +246,7 @@ def _is_dataset(source: Any) -> bool:
 
 
 def _end_together(batches: Iterator[Any]) -> Iterator[Any]:
-    """Yield batches until a rank has no more of them. Collective, for each batch."""
+    """Yield batches until one rank has no more. Collective, for each batch."""
     end, number = object(), 0
     while True:
         batch = next(batches, end)

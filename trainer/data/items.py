@@ -1,4 +1,4 @@
-"""Items of a dataset: their random numbers, loading them, bad items, and joining a batch."""
+"""Items of a dataset: random numbers, loading, bad items, and joining batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainer.untrusted import printable
 
 logger = logging.getLogger("trainer.data")
 
-MIN_ITEMS = 100  # Items of an epoch before its share of bad files is judged.
+MIN_ITEMS = 100  # Items loaded before the share of bad files is judged.
 
 
 class BadItem(ValueError):
@@ -41,22 +41,21 @@ class BadItem(ValueError):
 
 
 class _Loading(NamedTuple):
-    """The batch that this process loads: a worker, or the main process without workers."""
+    """The batch that this process, a worker or the main process, is loading."""
 
-    seed: int  # Of the run.
+    seed: int  # Seed of the run.
     epoch: int
     bad: list[tuple[str, str]]  # Path and reason of each bad item so far.
 
 
 _loading = _Loading(0, 0, [])
 _END = object()  # Follows the last item.
-# The caller that set the epoch last, by the id of a dataset with ``set_epoch``: loaders may share
-# a dataset.
+# Last caller of ``set_epoch``, by id of the dataset, which several loaders may share.
 _epoch_set_by: WeakValueDictionary[int, BatchDataset] = WeakValueDictionary()
 
 
 def begin_loading(seed: int, epoch: int) -> None:
-    """Note the seed and epoch of the batches that this worker loads."""
+    """Set the seed and epoch of the batches that this worker loads."""
     global _loading
     _loading = _Loading(seed, epoch, [])
 
@@ -65,9 +64,9 @@ def begin_loading(seed: int, epoch: int) -> None:
 def loading(
     seed: int, epoch: int, bad: list[tuple[str, str]] | None = None
 ) -> Iterator[list[tuple[str, str]]]:
-    """Context manager around the loading of a batch; an item may load batches of another loader.
+    """Context manager around the loading of a batch; may be nested, by items that load batches.
 
-    It yields the list to which bad files are added, as (path, reason): ``bad``, or a new one.
+    Yields the list to which bad files are added, as (path, reason): ``bad``, or a new one.
     """
     global _loading
     outer, _loading = _loading, _Loading(seed, epoch, [] if bad is None else bad)
@@ -80,16 +79,16 @@ def loading(
 def item_seed(item: int | str) -> int:
     """Return a random seed for one item, for use inside a dataset.
 
-    It serves generators of Python and NumPy: ``random.Random(item_seed(index))`` and
-    ``numpy.random.default_rng(item_seed(index))``. For torch there is `item_generator`.
+    Use it as ``random.Random(item_seed(index))`` or ``numpy.random.default_rng(item_seed(index))``;
+    for torch there is `item_generator`.
 
     Args:
         item: name or index of the item.
 
     Returns:
-        A seed of 63 bits that depends on the loader's seed, the epoch and ``item`` alone: not on
-        the rank, the number of workers, the batch, or where the run was resumed. In evaluation the
-        epoch is always 0. Outside of a loader, seed and epoch are 0; see `in_epoch`.
+        A seed of 63 bits that depends only on the loader's seed, the epoch and ``item``: not on the
+        rank, the number of workers, the batch, or the point of resuming. In evaluation the epoch is
+        always 0. Outside of a loader, seed and epoch are 0; see `in_epoch`.
     """
     return derive(_loading.seed, "item", _loading.epoch, str(item))
 
@@ -110,7 +109,7 @@ def item_generator(item: int | str) -> torch.Generator:
 def in_epoch(epoch: int, seed: int | None = None) -> Iterator[None]:
     """Context manager that sets the epoch of `item_seed` and `item_generator`.
 
-    It is for tests, and for datasets that load items as they were in an earlier epoch.
+    For tests, and for datasets that load items as in an earlier epoch.
 
     Args:
         epoch: number of the epoch.
@@ -121,9 +120,9 @@ def in_epoch(epoch: int, seed: int | None = None) -> Iterator[None]:
 
 
 def report_bad(path: str | os.PathLike[str], reason: str) -> None:
-    """Report an item that a dataset left out of the batch it is loading.
+    """Report an item that a dataset left out of the current batch.
 
-    It is logged and counted as a `BadItem` is.
+    It is logged and counted like a `BadItem`.
 
     Args:
         path: file, or other name, of the item.
@@ -135,16 +134,16 @@ def report_bad(path: str | os.PathLike[str], reason: str) -> None:
 class BadItemPolicy:
     """Policy for bad items: log, count and skip them, or end the run.
 
-    What is counted are files, each once an epoch, however many items it is part of. One process
-    judges by `check`; several send each other what `report` returns, and all call `judge`.
+    Each bad file counts once an epoch, however many items it has. One process judges by `check`;
+    several exchange the results of `report` and all call `judge`.
 
     Args:
         on_bad: "skip", or "raise" to end the run at the first bad item.
         max_bad: share of the files that may be bad, between 0 and 1.
 
     Attributes:
-        skipped: reasons by path, of the files that this process found bad in the current epoch.
-        all_skipped: the same of all processes, as of the last `judge`.
+        skipped: reasons by path of the files that this process found bad in the current epoch.
+        all_skipped: the same for all processes, at the last `judge`.
         loaded: items that this process loaded, or skipped, in the current epoch.
 
     Raises:
@@ -160,7 +159,7 @@ class BadItemPolicy:
         self.start_epoch()
 
     def start_epoch(self) -> None:
-        """Reset the counts. After a resumption they begin with the first batch that is loaded."""
+        """Reset the counts. In a resumed run they begin with the first loaded batch."""
         self.skipped: dict[str, str] = {}
         self.all_skipped: dict[str, str] = {}
         self.loaded = 0
@@ -168,10 +167,10 @@ class BadItemPolicy:
         self.unjudged = False
 
     def handle(self, reports: Iterable[tuple[str, str]], items: int = 0) -> None:
-        """Log and count bad items, by path and reason, of a number of items; log each path once.
+        """Log and count bad items, by path and reason, among ``items``; log each path once.
 
         Raises:
-            BadItem: for the first of them, where ``on_bad`` is "raise".
+            BadItem: for the first bad item, if ``on_bad`` is "raise".
         """
         self.loaded += items
         for path, reason in reports:
@@ -188,8 +187,8 @@ class BadItemPolicy:
         """Return the items and new bad files of this process, for `judge`, as plain values.
 
         Args:
-            total: number of files, or else of items, in the epoch on all processes; None where it
-                is unknown: the items that were loaded so far stand for it.
+            total: number of files, or else of items, in the epoch on all processes; None if
+                unknown, which counts the items loaded so far.
             unit: "files" or "items".
         """
         new, self._unreported = self._unreported, {}
@@ -198,12 +197,12 @@ class BadItemPolicy:
     def judge(
         self, reports: Sequence[Mapping[str, Any]], *, shared: bool = False, at_end: bool = True
     ) -> None:
-        """Judge the bad files of all processes; the same everywhere, given the same reports.
+        """Judge the bad files of all processes; equal reports give equal results everywhere.
 
         Args:
-            reports: what `report` returned on each process.
-            shared: True where all processes load, and count, the same items.
-            at_end: False to put off the verdict until `MIN_ITEMS` items were loaded.
+            reports: results of `report` on each process.
+            shared: True if all processes load, and count, the same items.
+            at_end: False to wait until `MIN_ITEMS` items were loaded.
 
         Raises:
             ValueError: more than the share ``max_bad`` of the files is bad.
@@ -217,7 +216,7 @@ class BadItemPolicy:
         if not at_end and loaded < MIN_ITEMS:
             return
         if not at_end and not totals:
-            # The items so far are a sample of the epoch: three standard deviations are chance.
+            # The items so far are a sample of the epoch: allow three standard deviations.
             margin = 3 * math.sqrt(loaded * self.max_bad * (1 - self.max_bad))
             if len(self.all_skipped) <= self.max_bad * loaded + margin:
                 return
@@ -228,8 +227,8 @@ class BadItemPolicy:
         """Check the share of the bad files.
 
         Args:
-            bad: their reasons by path.
-            total: number of all, good and bad.
+            bad: reasons by path.
+            total: number of good and bad ones.
             unit: "files" or "items".
 
         Raises:
@@ -244,15 +243,15 @@ class BadItemPolicy:
 
 
 class LoadedBatch(NamedTuple):
-    """A batch as the process that loaded it hands it on."""
+    """A batch, as the process that loaded it returns it."""
 
-    batch: Any  # None if it has no good item.
-    items: int  # Number of items that were asked for.
+    batch: Any  # None without a good item.
+    items: int  # Number of requested items.
     reports: list[tuple[str, str]]  # Paths and reasons of bad files.
 
 
 class ReportingCollate:
-    """Function that joins items, and brings the reports of an `IterableDataset` out of a worker."""
+    """Collate function that also returns a worker's reports of an `IterableDataset`."""
 
     def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
         self.collate_fn = collate_fn
@@ -266,24 +265,24 @@ class ReportingCollate:
 
 @dataclass(eq=False)
 class BatchDataset(Dataset[Any]):
-    """Dataset of batches over a dataset of items; copied to every worker."""
+    """Dataset of batches from a dataset of items; copied to every worker."""
 
     dataset: Any
     collate_fn: Callable[[Any], Any]  # Joins a list of items; with ``single``, converts one item.
     seed: int  # Random seed of the run.
-    train: bool  # A batch without a good item becomes its first good fallback item.
-    single: bool  # An index stands for a whole batch.
+    train: bool  # True to replace a batch without a good item by its first good fallback item.
+    single: bool  # True if an index stands for a whole batch.
     workers: int  # Number of worker processes.
 
     def __post_init__(self) -> None:
-        # Index that each worker loads, or -1; and the one that the process without workers loads.
+        # Index that each worker is loading, or -1; and that of the process without workers.
         self._current = torch.full((self.workers,), -1).share_memory_()
         self._own: Any = None
         self._epoch: int | None = None
         self._setters: list[Any] = []  # Parts of the dataset that have ``set_epoch``.
         self._held: list[Any] = []  # Random generators that the dataset holds.
         dataset = self.dataset
-        while isinstance(dataset, Subset):  # It has `__getitems__` whether its dataset does or not.
+        while isinstance(dataset, Subset):  # A Subset always has `__getitems__`.
             dataset = dataset.dataset
         self._together = not self.single and getattr(dataset, "__getitems__", None) is not None
 
@@ -297,7 +296,7 @@ class BatchDataset(Dataset[Any]):
     def count_files(self, indices: Sequence[Any]) -> tuple[int, str]:
         """Return the number of different files of items, and "files".
 
-        Where the dataset has no method ``count_files``: of different items, and "items".
+        For a dataset without a method ``count_files``, return that of different items, and "items".
         """
         dataset = self.dataset
         while isinstance(dataset, Subset) and not self.single:
@@ -311,7 +310,7 @@ class BatchDataset(Dataset[Any]):
         return max(items, len(dataset)) if self.single else items, "items"
 
     def _set_epoch(self, epoch: int) -> None:
-        """Tell the dataset the epoch; at each batch, since a worker may outlive the epoch."""
+        """Set the epoch of the dataset; at each batch, since a worker may outlive an epoch."""
         begins, self._epoch = epoch != self._epoch, epoch
         if begins:
             parts = components(self.dataset)
@@ -323,7 +322,7 @@ class BatchDataset(Dataset[Any]):
                 _epoch_set_by[id(part)] = self
 
     def _load_batch(self, index: BatchIndex) -> Any:
-        if get_worker_info() is not None:  # The main process draws from its own, as in torch.
+        if get_worker_info() is not None:  # The main process uses its own generators, as in torch.
             reseed(derive(self.seed, "batch", index.epoch, index.number))
         for generator in self._held:
             seed_generator(generator, derive(self.seed, "held", index.epoch, index.number))
@@ -348,7 +347,7 @@ class BatchDataset(Dataset[Any]):
         try:
             items = self.dataset.__getitems__(indices)
             bad = isinstance(items, list) and any(item is None for item in items)
-            return None if bad else items  # One by one, each bad item is reported.
+            return None if bad else items  # Loading one by one reports each bad item.
         except BadItem:
             _loading.bad.clear()
             return None
@@ -377,7 +376,7 @@ class BatchDataset(Dataset[Any]):
         return items
 
     def _note(self, index: Any) -> None:
-        """Note what this process loads, for messages about one that hangs."""
+        """Record the index that this process loads, for messages about a hang."""
         worker = get_worker_info()
         if worker is None:
             self._own = index
@@ -389,7 +388,7 @@ class BatchDataset(Dataset[Any]):
         reports = _loading.bad.copy()
         for index in batch.fallback_indices:
             items = self._load([index])
-            _loading.bad[:] = reports  # Bad fallback items are reported with their own batch.
+            _loading.bad[:] = reports  # Bad fallback items are reported with their own batches.
             if items:
                 return items
         listed = "; ".join(f"{path}: {reason}" for path, reason in reports)
@@ -399,7 +398,7 @@ class BatchDataset(Dataset[Any]):
         )
 
     def describe_loading(self) -> str:
-        """Return the items that are being loaded, as the end of an error message."""
+        """Describe the items that are being loaded, as the end of an error message."""
         what = "loaded a batch with" if self._together else "loaded"
         busy = [(worker, item) for worker, item in enumerate(self._current.tolist()) if item >= 0]
         named = [f"worker {worker} {what} {self._names([item])}" for worker, item in busy[:8]]
@@ -408,7 +407,7 @@ class BatchDataset(Dataset[Any]):
         return f" while {', '.join(named)}" if named else ""
 
     def _names(self, indices: Iterable[Any]) -> str:
-        """Return the names of up to 8 items, by the dataset's method ``name_of(index)`` if any."""
+        """Return the names of up to 8 items, from the dataset's ``name_of(index)`` if any."""
         name_of = getattr(self.dataset, "name_of", repr)
         shown = [str(name_of(index))[:200] for index in islice(indices, 9)]
         word = "item " if len(shown) == 1 else "items "
@@ -416,17 +415,15 @@ class BatchDataset(Dataset[Any]):
 
 
 class DealtItems(IterableDataset[Any]):
-    """The items of an `IterableDataset`, each in one process; copied to every worker.
+    """Items of an `IterableDataset`, each given to one process; copied to every worker.
 
-    Every rank and worker reads all items and keeps its share, unless the dataset itself splits its
-    items: among workers if it reads ``num_workers`` of torch's `get_worker_info`, among ranks if
-    `knows_ranks` finds that it asks for its rank. Its attributes ``splits_by_worker`` and
-    ``splits_by_rank``, True or False, come before what it reads. The global generators are seeded
-    for each item that is dealt, so that a dataset that shuffles by them gives all processes the
-    same order. In training the last items are left out where there are fewer of them than ranks.
-
-    One worker loads all items of a batch, so that the batches are those of a process without
-    workers; ``batch_size`` is None where an item is a batch.
+    Every rank and worker reads all items and keeps its share, unless the dataset splits its items
+    itself: among workers if it reads ``num_workers`` of torch's `get_worker_info`, among ranks if
+    `knows_ranks` says so. Its attributes ``splits_by_worker`` and ``splits_by_rank``, True or
+    False, override this. The global generators are seeded for each dealt item, so that a dataset
+    that shuffles with them has the same order in all processes. In training the last items are left
+    out if there are fewer of them than ranks. One worker loads all items of a batch, so that the
+    batches are those of a process without workers; ``batch_size`` is None if an item is a batch.
     """
 
     def __init__(
@@ -439,10 +436,10 @@ class DealtItems(IterableDataset[Any]):
         self._rank, self._world = (rank, world_size) if self.equal else (0, 1)
         self._by_worker: bool | None = getattr(dataset, "splits_by_worker", None)
         self._workers = 1
-        self._asked: set[str] = set()  # What the dataset has read of `get_worker_info`.
-        self._position = 0  # Number of items that were read.
+        self._asked: set[str] = set()  # Attributes of `get_worker_info` that the dataset has read.
+        self._position = 0  # Number of items read.
         self._start = 0  # Position at which the next iteration starts.
-        self.ended = False  # All items were read, also while the last ones wait for their batch.
+        self.ended = False  # All items are read, even if the last ones wait for their batch.
         self.resumable = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
         if rank or world_size == 1 or hasattr(dataset, "splits_by_rank"):
             return
@@ -472,7 +469,7 @@ class DealtItems(IterableDataset[Any]):
         worker = get_worker_info()
         number = 0 if worker is None else worker.id
         position, self._start, self.ended = self._start, 0, False
-        last = self._world - 1 if self.train else self._rank  # Yield once that rank's item is read.
+        last = self._world - 1 if self.train else self._rank  # Yield once its item is read.
         self._seed(position, number)
         self._asked.discard("id")
         items, own = iter(self.dataset), None
@@ -518,7 +515,7 @@ class DealtItems(IterableDataset[Any]):
             reseed(derive(_loading.seed, "stream", _loading.epoch, position, own))
 
     def watch_worker(self) -> None:
-        """Notice in this worker what the dataset reads of `get_worker_info`."""
+        """Record in this worker the attributes of `get_worker_info` that the dataset reads."""
         info = get_worker_info()
         assert info is not None
         dealt, self._workers = self, info.num_workers
@@ -533,7 +530,7 @@ class DealtItems(IterableDataset[Any]):
         object.__setattr__(info, "__class__", Watched)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the dataset is, in a process without workers."""
+        """Return the position of the dataset, in a process without workers."""
         return {"position": self._position, "dataset": self.dataset.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""Loaders whose order depends on (seed, epoch), and not on the processes that load the batches.
+"""Loaders whose order depends only on (seed, epoch), not on the processes that load batches.
 
-`make_loader` wraps torch's `DataLoader` such that an epoch can be entered at any batch, ranks get
-disjoint and equally many batches, bad items are named, skipped and counted, and workers survive the
-signals that ask the main process to stop.
+`make_loader` wraps torch's `DataLoader`: an epoch can start at any batch, ranks get disjoint and
+equally many batches, bad items are named, skipped and counted, and workers survive the signals that
+ask the main process to stop.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -64,12 +64,14 @@ from trainer.tree import plain_number
 
 logger = logging.getLogger("trainer.data")
 
+HUNG = "the loader's workers gave no batch"
+ADVICE = "fewer num_workers need less memory, and with 0 an error is seen where it happens"
 POLL_SECONDS = 0.5  # Interval at which workers are checked.
-CLOSING_SECONDS = 1.0  # Time in which workers end after SIGTERM, before they are killed.
+CLOSING_SECONDS = 1.0  # Time for workers to end after SIGTERM, before they are killed.
 TIMEOUT = 300.0  # Seconds after which a wait for a batch is an error.
 UNSENT, NO_SHARED_MEMORY = 70, 74  # Exit codes of workers that cannot send a batch.
 FULL = (
-    "the shared memory in which loader workers hand over their batches is full (/dev/shm): use "
+    "the shared memory through which loader workers pass their batches is full (/dev/shm): use "
     "fewer workers (num_workers), in Docker --ipc=host or a larger --shm-size, or call "
     "torch.multiprocessing.set_sharing_strategy('file_system')"
 )
@@ -92,8 +94,8 @@ def make_loader(
     A dataset raises `BadItem` for an item that cannot be used. In training a batch without a good
     item gets the next good item of the epoch instead; in evaluation it is left out. A run ends when
     more than a share of an epoch's files is bad, counted over all ranks: `Brain` judges at each
-    logging interval and at the end of a stage, and a loader that no Brain reads as soon as it is
-    known, where there is one process.
+    logging interval and at the end of a stage; a loader used without a Brain, in one process,
+    judges at once.
 
     The items of an `IterableDataset` are dealt among ranks and workers; see `DealtItems`.
 
@@ -101,25 +103,25 @@ def make_loader(
         dataset: a map-style dataset of any class, or an `IterableDataset`. Items that are mappings
             become a `Batch`, unless ``collate_fn`` is given; those of an `IterableDataset` are
             joined as by torch's `default_collate`. An item that is None is a bad item. Random
-            numbers from `item_seed` and `item_generator` depend on (seed, epoch, item) alone.
-            Global generators are seeded for each batch in workers; without workers they are those
-            of the process. A method ``set_epoch(epoch)`` is called in every worker;
-            ``name_of(index) -> str`` names items in error messages; ``count_files(indices) -> int``
-            counts the different files of items, which are a file each otherwise.
+            numbers from `item_seed` and `item_generator` depend only on (seed, epoch, item).
+            Workers seed the global generators for each batch; without workers items use those of
+            the process. A method ``set_epoch(epoch)`` is called in every worker; ``name_of(index)
+            -> str`` names items in error messages; ``count_files(indices) -> int`` counts the
+            different files of items; without it each item counts as a file.
             ``__getitems__(indices)`` is called if there is one, as by `DataLoader`; a batch with a
             bad item is loaded again, item by item.
-        train: True for training: shuffle unless a sampler is given, another order and other random
-            numbers in each epoch, equally many batches on every rank. False for evaluation: every
-            item exactly once, in order, and every epoch alike.
+        train: True for training: shuffled unless a sampler is given, with another order and other
+            random numbers in each epoch, and equally many batches on every rank. False for
+            evaluation: every item exactly once, in order, and every epoch alike.
         seed: random seed of the run.
         rank: rank of this process.
         world_size: number of processes.
         on_bad: "skip" to log bad items and leave them out, "raise" to end the run at the first.
-        max_bad: share of the files, between 0 and 1, above which bad ones end the run.
+        max_bad: share of bad files, between 0 and 1, above which the run ends.
         **options: options of `DataLoader`. ``batch_size`` is that of one process. Samplers of any
-            kind get the epoch, and draw from random numbers of their own. ``timeout``, in seconds
-            and 300 by default, ends a run whose workers give no batch for that long; a batch that
-            takes as long without workers is warned of (0: never).
+            kind get the epoch and random numbers of their own. ``timeout``, in seconds and 300 by
+            default, ends a run whose workers give no batch for that long; without workers it only
+            warns (0: never).
 
     Returns:
         An iterable of batches with ``set_epoch(epoch)`` and ``skip(batches)``.
@@ -129,14 +131,14 @@ def make_loader(
             sampler is set up for another number of ranks.
     """
     _check_options(options)
-    if options.get("num_workers", 0) == 0:  # Options of workers mean nothing without any.
+    if options.get("num_workers", 0) == 0:  # Options of workers have no meaning without workers.
         for name in ("persistent_workers", "prefetch_factor", "worker_init_fn"):
             options.pop(name, None)
     options["pin_memory"] = options.get("pin_memory", False) and torch.accelerator.is_available()
     timeout, policy = options.pop("timeout", TIMEOUT), BadItemPolicy(on_bad, max_bad)
     run = {"seed": seed, "train": train, "world_size": world_size}
     if isinstance(dataset, IterableDataset):
-        if not isinstance(dataset, IterDataPipe):  # torch splits pipes by itself.
+        if not isinstance(dataset, IterDataPipe):  # torch splits pipes itself.
             dataset = DealtItems(dataset, train, rank, world_size, options.get("batch_size", 1))
         if options.get("batch_size", 1) is not None and options.get("collate_fn") is None:
             options["collate_fn"] = collate_plain
@@ -160,7 +162,7 @@ def make_loader(
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Raise ValueError for loader options that are unknown, or have values of another kind.
+    """Raise ValueError for unknown loader options, and for values of another type.
 
     Whole numbers of NumPy become Python's.
     """
@@ -196,7 +198,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _pop_sampler(dataset: Any, options: dict[str, Any], **run: Any) -> DistributedBatchSampler:
-    """Make a batch sampler by the options about order, and remove these from ``options``."""
+    """Make a batch sampler from the options about order, and remove these from ``options``."""
     options.pop("generator", None)  # The order comes from (seed, epoch).
     shuffle, sampler = options.pop("shuffle", None), options.pop("sampler", None)
     batch_sampler = options.pop("batch_sampler", None)
@@ -222,15 +224,15 @@ def _identity(loaded: Any) -> Any:
 
 
 class BatchSource:
-    """Batches of a source by epoch: bad items are counted, and hangs noticed.
+    """Batches of a source by epoch; counts bad items and detects hangs.
 
     Attributes:
         policy: counts the bad items.
-        alone: True if it judges bad items by itself, since nobody does so for all ranks.
-        dealt: True if each rank gets batches of its own, from workers of no other loader.
+        alone: True if it judges bad items itself, since no Brain does so for all ranks.
+        dealt: True if each rank has batches of its own, from its own workers.
         equal: True if all ranks get equally many batches in training.
         stateful: object whose state resumes an epoch, or None.
-        sources: objects whose states are places in an epoch.
+        sources: objects whose states are positions in an epoch.
     """
 
     def __init__(
@@ -247,15 +249,15 @@ class BatchSource:
         self._seed, self._train, self._timeout = seed, train, timeout
         self._epoch = self._start = 0
         self._resumed: Mapping[str, Any] | None = None
-        self._number = 0  # Number of the batch that is waited for.
+        self._number = 0  # Number of the awaited batch.
         self._draws: DrawsUndone | fork_rng = DrawsUndone()
         self.dealt = self.equal = True
         self.stateful: Any = None
         self.sources: list[Any] = []
-        # Persistent workers between two epochs. They end with this object: torch waits 5 s for each
-        # where it is in a reference cycle, since the queues to tell them are closed by then.
+        # Persistent workers between two epochs. They end with this object: in a reference cycle
+        # torch would wait 5 s for each, since its queues are closed by then.
         self._idle: list[BaseProcess] = []
-        # In shared memory; True once workers are to end.
+        # In shared memory; True once workers must end.
         self._closing: Tensor = torch.zeros(1, dtype=torch.bool).share_memory_()
         weakref.finalize(self, _close, self._closing, self._idle, os.getpid())
 
@@ -268,13 +270,13 @@ class BatchSource:
 
         Args:
             batches: number of batches to leave out. A `Loader` does not load them; a `Stream` does.
-            position: what `Stream.position` returned after them; nothing is loaded then.
+            position: result of `Stream.position` after these batches; avoids loading them.
         """
         self._start, self._resumed = batches, position
 
     @property
     def bad(self) -> dict[str, str]:
-        """Reasons by path, of the items skipped in the current epoch on this rank."""
+        """Reasons by path of the items skipped in the current epoch on this rank."""
         return dict(self.policy.skipped)
 
     def report_bad(self) -> dict[str, Any]:
@@ -282,12 +284,12 @@ class BatchSource:
         return self.policy.report()
 
     def describe_wait(self) -> str:
-        """Return what an iteration waits for."""
+        """Describe the current wait."""
         part = f"epoch {self._epoch}" if self._train else "an evaluation"
         return f"waiting for batch {self._number} of {part}"
 
     def undo_draws(self) -> None:
-        """Restore random generators to before the batch that is waited for drew from them."""
+        """Undo the random draws of the awaited batch."""
         self._draws.undo()
 
     def __iter__(self) -> Iterator[Any]:
@@ -301,10 +303,10 @@ class BatchSource:
                 if batch is not None:
                     yield batch
             self._idle[:] = watched.workers if self.dealt else []
-        except BaseException:  # GeneratorExit too: the epoch was left early.
+        except BaseException:  # Also GeneratorExit, when the epoch is left early.
             if watched.workers:
                 watched.end_workers()
-                self._source._iterator = None  # Persistent workers, which have just ended.
+                self._source._iterator = None  # Its persistent workers have just ended.
             raise
         finally:
             watched.close()
@@ -312,13 +314,13 @@ class BatchSource:
     def _begin(self, start: int) -> tuple[_WatchedIterator, Callable[[], Any]]:
         """Begin an epoch; return its iterator, and a function that loads its next batch.
 
-        The function returns None for a batch that is left out, and `_END` after the last.
+        The function returns None for a batch that is left out, and `_END` at the end.
         """
         raise NotImplementedError
 
     @contextmanager
     def _prepared(self, **changed: Any) -> Iterator[None]:
-        """Context manager in which a DataLoader has other attributes, and prepares new workers."""
+        """Context manager in which a DataLoader has changed attributes and prepares workers."""
         source = self._source
         if getattr(source, "num_workers", 0) and hasattr(source, "worker_init_fn"):
             changed["worker_init_fn"] = partial(
@@ -345,7 +347,7 @@ class Loader(BatchSource):
         super().__init__(source, policy, **run)
         self._batches: Any = source.dataset
         self._sampler: Any = source.sampler
-        self._total: tuple[int, str] | None = None  # Files of the epoch, once they are counted.
+        self._total: tuple[int, str] | None = None  # Files of the epoch, once counted.
 
     def report_bad(self) -> dict[str, Any]:
         """Return the counts of this rank's bad items, for `BadItemPolicy.judge`."""
@@ -365,14 +367,14 @@ class Loader(BatchSource):
         return len(self._sampler)
 
     def describe_wait(self) -> str:
-        """Return what an iteration waits for, with the items that are being loaded."""
+        """Describe the current wait, with the items that are being loaded."""
         return f"{super().describe_wait()}{self._batches.describe_loading()}"
 
     def _begin(self, start: int) -> tuple[_WatchedIterator, Callable[[], Any]]:
         self._total = None
         self._sampler.start = self._number = start
         workers = self._source.num_workers
-        # Here DataLoader is needed for workers and pinning memory only, and costs some 10 µs.
+        # DataLoader costs some 10 µs, and is needed here only for workers and pinned memory.
         plain = not (workers or self._source.pin_memory)
         with _full_memory_explained(), self._prepared():
             iterator = map(self._batches.__getitem__, self._sampler) if plain else self._source
@@ -397,10 +399,10 @@ class Loader(BatchSource):
 class Stream(BatchSource):
     """Loader of any iterable of batches, with the interface of `Loader`; made by `resumable`.
 
-    While the source makes a batch, the global random generators have states of its own, seeded by
-    (seed, epoch). With those of the process, from which training draws too, a resumed run would get
-    other batches. Switching the states takes about 0.2 ms a batch; a plain DataLoader with workers,
-    which have generators of their own, needs none.
+    While the source makes a batch, the global random generators have separate states, seeded by
+    (seed, epoch): if the source shared them with training, a resumed run would get other batches.
+    Switching the states takes about 0.2 ms a batch; a plain DataLoader with workers, which have
+    their own generators, does not need it.
 
     In a resumed run, a source with ``state_dict`` and ``load_state_dict`` continues from its saved
     state; any other source loads the earlier batches again.
@@ -430,10 +432,10 @@ class Stream(BatchSource):
         set_epoch(self._source, self._epoch)
 
     def position(self, running: bool) -> dict[str, Any] | None:
-        """Return the state of the source after the last batch; None if there is none to rely on.
+        """Return the state of the source after the last batch; None if it has no reliable one.
 
         Args:
-            running: False between two epochs, which have random numbers of their own.
+            running: False between two epochs, each of which has its own random numbers.
         """
         if self.stateful is None or self._waiting or self._ended is running:
             return None
@@ -461,7 +463,7 @@ class Stream(BatchSource):
         seed, epoch = self._seed, self._epoch  # Another iteration may begin before this one ends.
         forked = fork_rng(derive(seed, "stream", epoch), generators(self._source))
         changed = {}
-        if type(self._source) is DataLoader:  # A class of its own may change batches on their way.
+        if type(self._source) is DataLoader:  # A subclass may change batches.
             changed["collate_fn"] = ReportingCollate(self._source.collate_fn)
         with forked, self._prepared(**changed):
             if resumed is not None:
@@ -499,7 +501,7 @@ class Stream(BatchSource):
 
 
 def _has_shuffle_buffer(source: Any) -> bool:
-    """Return True for data of Hugging Face with a shuffle buffer: no state has its content."""
+    """Return True for Hugging Face data with a shuffle buffer, whose content no state has."""
     waiting = components(source)
     while waiting:
         part = waiting.pop()
@@ -513,14 +515,13 @@ def _has_shuffle_buffer(source: Any) -> bool:
 def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stream:
     """Give a DataLoader, or any iterable of batches, the interface of `make_loader`'s result.
 
-    A plain DataLoader of a map-style dataset is made anew by `make_loader`. Other iterables run on
-    random numbers seeded by (seed, epoch), so that those that draw from the global generators are
-    resumed exactly too. Persistent workers of an `IterableDataset` keep the epoch in which they
-    started.
+    A plain DataLoader of a map-style dataset is rebuilt by `make_loader`. Other iterables get
+    random numbers seeded by (seed, epoch), so that those that use the global generators are resumed
+    exactly, too. Persistent workers of an `IterableDataset` keep the epoch in which they started.
 
     Args:
-        source: a DataLoader or an iterable of batches. A result of this function is returned as it
-            is.
+        source: a DataLoader or an iterable of batches. Results of this function are returned as
+            they are.
         seed: random seed of the run.
         **run: further arguments of `make_loader`: train, rank, world_size, on_bad, max_bad,
             timeout.
@@ -557,7 +558,7 @@ def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stre
 
 
 def _warn_of_repeated_items(source: Any) -> None:
-    """Warn of a loader whose workers may all give the same items."""
+    """Warn of a loader whose workers may all yield the same items."""
     dataset, workers = getattr(source, "dataset", None), getattr(source, "num_workers", 0)
     if not isinstance(dataset, IterableDataset) or isinstance(dataset, IterDataPipe):
         return
@@ -578,7 +579,7 @@ def _close(flag: Tensor, idle: list[BaseProcess], process: int) -> None:
 
 
 def _end_if_unsent() -> None:
-    """End a worker that fails to send a batch, for which the main process would wait forever."""
+    """End a worker that fails to send a batch; the main process would wait forever."""
 
     def end(error: Exception, batch: object) -> None:
         try:
@@ -587,12 +588,12 @@ def _end_if_unsent() -> None:
         finally:
             os._exit(NO_SHARED_MEMORY if _is_about_shared_memory(error) else UNSENT)
 
-    # torch's worker sends from a thread of its queue, which only prints what fails.
+    # torch's worker sends from a thread of its queue, which only prints errors.
     queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
 
 
 def _is_about_shared_memory(error: Exception) -> bool:
-    """Return True for torch's errors about /dev/shm, and for locks that find no room there."""
+    """Return True for errors of torch, and of locks, about a full /dev/shm."""
     torchs = r"/torch_\d+|shared memory (object|limit|\(shm\)|file)|of shared memory|ancdata"
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     return full or bool(re.search(torchs, str(error)))
@@ -600,7 +601,7 @@ def _is_about_shared_memory(error: Exception) -> bool:
 
 @contextmanager
 def _full_memory_explained() -> Iterator[None]:
-    """Context manager that raises an OSError that says what to do where shared memory is full."""
+    """Context manager that turns errors about full shared memory into an OSError with advice."""
     try:
         yield
     except (RuntimeError, OSError) as error:
@@ -629,14 +630,13 @@ def _init_worker(
 
 @dataclass(eq=False)
 class _WatchedIterator:
-    """Iterator of batches that notices at once when workers of a DataLoader die or hang.
+    """Iterator of batches that detects dead and hanging workers of a DataLoader.
 
-    torch notices a death at once, or after 5 s when the signal comes just before it starts to wait.
     Without workers, a thread warns once of each batch that takes too long.
     """
 
-    iterator: Any  # If it is a DataLoader's, its workers are watched.
-    timeout: float  # Seconds without a batch until workers are given up, or it warns; 0 for never.
+    iterator: Any  # The workers of a DataLoader's iterator are watched.
+    timeout: float  # Seconds without a batch before an error (a warning without workers); 0: never.
     closing: Tensor  # Flag in shared memory, set before workers are ended.
     describe_wait: Callable[[], str]
 
@@ -644,8 +644,13 @@ class _WatchedIterator:
         self._since: float | None = None  # Start of the wait for a batch.
         self._closed = threading.Event()
         self.workers: list[BaseProcess] = list(getattr(self.iterator, "_workers", []))
-        if self.workers:  # Set here: DataLoader's own option would limit its start of an epoch too.
+        if self.workers:  # DataLoader's own option would limit the start of an epoch, too.
             self.iterator._timeout = POLL_SECONDS
+            # torch's handler of SIGCHLD raises wherever Python is, which may be in a forward pass
+            # or a finalizer. A death is noticed by the next wait for a batch.
+            if getattr(self.iterator, "_worker_pids_set", False):
+                torch._C._remove_worker_pids(id(self.iterator))
+                self.iterator._worker_pids_set = False
         elif self.timeout:
             threading.Thread(target=self._warn, daemon=True, name="loader").start()
 
@@ -654,8 +659,8 @@ class _WatchedIterator:
 
         Raises:
             OSError: there is no shared memory left for batches.
-            RuntimeError: a worker died, or gave nothing within the timeout; the message names what
-                was waited for. Errors of the dataset are raised as they are.
+            RuntimeError: a worker died, or gave nothing within the timeout; the message describes
+                the wait. Errors of the dataset are raised unchanged.
         """
         self._since = time.monotonic()
         try:
@@ -691,16 +696,17 @@ class _WatchedIterator:
                 cause = self._explain(error)
                 if cause is None:
                     raise
-        # Raised outside of except: chained, it would keep what torch's frames hold.
-        time.sleep(0.2)  # A request of the same moment may be noticed a little later.
+        # Raised outside of except: a chained error would keep the objects of torch's frames.
+        time.sleep(0.2)  # A simultaneous request to stop may arrive a little later.
         if (number := signals.requested()) is not None:
-            raise signals.Interrupted(number)  # It may have met a worker that just began.
+            raise signals.Interrupted(number)  # The signal may have hit a worker that was starting.
         if cause.endswith(FULL):
             raise OSError(errno.ENOSPC, f"{self.describe_wait()}: {cause}")
-        raise RuntimeError(f"{cause}, {self.describe_wait()}")
+        advice = "" if cause.startswith(HUNG) else f"; {ADVICE}"
+        raise RuntimeError(f"{cause}, {self.describe_wait()}{advice}")
 
     def _explain(self, error: Exception) -> str | None:
-        """Return the cause of torch's error; None if it is not about workers, "" to wait on."""
+        """Return the cause of torch's error; None if not about workers, "" to go on waiting."""
         if isinstance(error, RuntimeError) and _is_about_shared_memory(error):
             return FULL
         if str(error).startswith("DataLoader timed out"):
@@ -708,7 +714,7 @@ class _WatchedIterator:
             if not self.timeout or waited < self.timeout:
                 return ""
             return (
-                f"the loader's workers gave no batch within {self.timeout:g} s (one hangs, or the "
+                f"{HUNG} within {self.timeout:g} s (one hangs, or the "
                 "loader option timeout, by default the run option item_timeout, is too small)"
             )
         # torch begins the errors of a dataset in a worker by "Caught".
@@ -717,36 +723,26 @@ class _WatchedIterator:
     def end_workers(self) -> None:
         """End the workers at once; torch would wait for what they are loading."""
         self.closing.fill_(True)
-        try:
-            self._end_workers()
-        except RuntimeError:
-            # torch's handler of SIGCHLD raises once, for a worker that SIGTERM has ended before it
-            # could handle it.
-            self._end_workers()
-        # A worker may have ended while it held the lock of torch's event, and torch, which sets
-        # that event before it drops the iterator, would wait forever. No worker reads it now.
-        self.iterator._workers_done_event = threading.Event()
-        self.iterator = None  # A traceback may keep this object, and must not keep the workers.
-
-    def _end_workers(self) -> None:
         for worker in self.workers:
             worker.terminate()
         end = time.monotonic() + CLOSING_SECONDS
         for worker in self.workers:
             worker.join(max(0.0, end - time.monotonic()))
-            if worker.exitcode is None:  # It is in a call that handles no signal.
+            if worker.exitcode is None:  # In a call that handles no signals.
                 worker.kill()
+        # A worker may have ended while it held the lock of torch's event, and torch, which sets
+        # that event before it drops the iterator, would wait forever. No worker reads it now.
+        self.iterator._workers_done_event = threading.Event()
+        self.iterator = None  # A traceback may keep this object, and must not keep the workers.
 
 
 def _describe_exit(workers: list[BaseProcess]) -> str | None:
     """Return a sentence about a worker that died; None if none did."""
-    # A broken connection to a worker may be noticed just before its end; and torch's own handler
-    # may notice that end, and raise, while we wait for it.
-    with suppress(RuntimeError):
-        ended = connection.wait([worker.sentinel for worker in workers], timeout=POLL_SECONDS)
-        for worker in workers:
-            if worker.sentinel in ended:
-                worker.join(timeout=POLL_SECONDS)
+    # A broken connection to a worker may be noticed just before its end.
+    ended = connection.wait([worker.sentinel for worker in workers], timeout=POLL_SECONDS)
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join(timeout=POLL_SECONDS)
     for worker in workers:
         if not (code := worker.exitcode):
             continue

@@ -1,9 +1,9 @@
 """Layer monitor: a callback that measures gradients, weights and updates, and warns.
 
 Every ``monitor_every`` steps of an optimizer it writes a record of kind "monitor": the gradient
-norms of all steps since the last record, and of each layer the norms of its gradient, weights and
-update. A layer is a module that holds parameters itself: "encoder.0.attention" is its weight and
-bias, also where a parametrization, such as weight normalisation, makes the weight.
+norms of all steps since the last record, and the norms of the gradient, weights and update of each
+layer. A layer is a module with parameters of its own: "encoder.0.attention" stands for its weight
+and bias, even if a parametrization, such as weight normalisation, computes the weight.
 """
 
 from __future__ import annotations
@@ -44,41 +44,40 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("trainer")
 
-# Number of elements of a parameter that its histogram is made from, evenly spread: a whole one
-# would be megabytes to copy from a GPU.
+# Number of elements, evenly spread, in the histogram of a parameter: all of them would be megabytes
+# to copy from a GPU.
 SAMPLE_SIZE = 2048
-# Clip kinds that give the norm after clipping, so that nothing is measured between records.
+# Clip kinds that provide the norm after clipping: nothing is measured between records.
 KINDS_WITH_NORM_AFTER = (AGC, AdaGC, AutoClip, NormClip, ZClip)
 
-WINDOW = 100  # Steps that shares and medians are over.
-MIN_NORMS = 20  # Norms in the window before any can be a spike.
-SPIKE_FACTOR = 4.0  # A spike is above the median by this factor.
+WINDOW = 100  # Steps in shares and medians.
+MIN_NORMS = 20  # Norms in the window before spikes are counted.
+SPIKE_FACTOR = 4.0  # Factor above the median that makes a spike.
 LARGE_NORM, LARGE_SHARE = 10.0, 0.8  # Warn if this share of the window is above this norm.
 USUAL_CLIP_RATE = 0.95  # Adaptive clippers with a percentile of 10 clip 90 %.
 TINY = 1e-6  # A vanishing norm, or share of the largest layer's norm.
-PATIENCE = 3  # Records in a row before a layer is warned of.
-GROWTH, BLOCKS = 4.0, 5  # Warn if so many medians in a row rise, by this factor in all.
+PATIENCE = 3  # Records in a row before a warning about a layer.
+GROWTH, BLOCKS = 4.0, 5  # Warn if this many medians in a row rise, by this total factor.
 
-# By layer: its norms "grad", "weight" and "update", and "ratio", which is update / weight. None: it
-# has no gradient, or its weight is 0.
+# By layer: norms "grad", "weight" and "update", and "ratio", which is update / weight. None without
+# a gradient, or for a weight of 0.
 LayerNorms = dict[str, dict[str, float | None]]
 
 
 class Health:
-    """Recent steps of an optimizer, and the warnings about them, each given once.
+    """Recent steps of an optimizer, and warnings about them, each given once.
 
     Args:
         name: name of the optimizer.
-        expected_clip_rate: share of clipped steps, from 0 to 1, above which there is a warning. If
-            more than `USUAL_CLIP_RATE` is expected, large norms are not warned of either.
+        expected_clip_rate: share of clipped steps, from 0 to 1, above which there is a warning.
+            Above `USUAL_CLIP_RATE` there is no warning about large norms either.
     """
 
     def __init__(self, name: str, expected_clip_rate: float = USUAL_CLIP_RATE) -> None:
         self.name, self.expected_clip_rate = name, expected_clip_rate
         self._window: deque[StepReport] = deque(maxlen=WINDOW)
         self._medians: deque[float] = deque(maxlen=BLOCKS)
-        # By layer: numbers of records in a row in which it did not move, and in which its gradient
-        # was close to 0.
+        # Records in a row, by layer, without a move, and with a gradient close to 0.
         self._still: dict[str, int] = {}
         self._faint: dict[str, int] = {}
         self._warned: set[str] = set()
@@ -91,7 +90,7 @@ class Health:
 
         Args:
             steps: reports of these steps, at least one.
-            layers: norms of each layer at the last of them; empty where they were not measured.
+            layers: norms of each layer at the last of these steps; empty if not measured.
 
         Returns:
             The figures to record, and new warnings.
@@ -105,7 +104,7 @@ class Health:
         facts = {
             "norms": list(map(rounded, norms)),
             "norms_after": [None if norm is None else rounded(norm) for norm in after],
-            "limits": [step.limit for step in steps],  # Infinity, for no limit, is null in JSON.
+            "limits": [step.limit for step in steps],  # Infinity (no limit) is null in JSON.
             "clipped_share": rounded(sum(s.clipped for s in self._window) / len(self._window)),
             "spikes": sum(norm > SPIKE_FACTOR * usual for norm in norms),
         }
@@ -168,7 +167,7 @@ class Health:
     def _check_layers(self, layers: LayerNorms) -> dict[str, str]:
         """Return warnings by kind about layers that do not move or have hardly any gradient."""
         found: dict[str, str] = {}
-        if not layers or self._window[-1].lr == 0:  # At a rate of 0 nothing is meant to move.
+        if not layers or self._window[-1].lr == 0:  # At a rate of 0 nothing moves.
             return found
         largest = max((each["grad"] or 0.0 for each in layers.values()), default=0.0)
         still, faint = [], []
@@ -217,12 +216,12 @@ class Health:
 
 
 def pack(steps: Iterable[StepReport]) -> list[list[Any]]:
-    """Return what is saved of reports: norm, norm after clipping, limit, clipped, learning rate."""
+    """Return reports as lists: norm, norm after clipping, limit, clipped, learning rate."""
     return [[each.norm, each.norm_after, each.limit, each.clipped, each.lr] for each in steps]
 
 
 def unpack(name: str, packed: Iterable[Sequence[Any]]) -> list[StepReport]:
-    """Return the reports of an optimizer's steps from what `pack` returned."""
+    """Return the reports of an optimizer's steps from a result of `pack`."""
     return [
         StepReport(name, "stepped", None, 1.0, norm, norm_after, limit, clipped, lr=lr)
         for norm, norm_after, limit, clipped, lr in packed
@@ -239,7 +238,7 @@ def rounded(value: float) -> float:
 
 
 def _layer(name: str) -> str:
-    """Return the name of the layer that a parameter is a part of."""
+    """Return the name of the layer that a parameter belongs to."""
     layer, parametrized, _ = name.partition(".parametrizations.")
     return layer if parametrized else name.rpartition(".")[0] or name
 
@@ -249,11 +248,11 @@ class _Meter:
 
     def __init__(self, update: Update, clip_rate: float) -> None:
         self.update, self.health = update, Health(update.name, clip_rate)
-        self.steps: list[StepReport] = []  # Since the last record.
+        self.steps: list[StepReport] = []  # Steps since the last record.
         update.history = self.steps
         self.names = update.named()
-        # Of the step that is measured: its parameters, copies of them from before it, and names
-        # and values of its histograms. There are no copies while no step is measured.
+        # For the measured step: its parameters, copies from before the step, and names and values
+        # of its histograms. Empty between measurements.
         self.params: list[Tensor] = []
         self.copies: list[Tensor] = []
         self.samples: list[tuple[str, Tensor]] = []
@@ -276,7 +275,7 @@ class _Meter:
         """Return the norms of the P updates, then of the P weights: (2 P,) on the device."""
         before, after = self.copies, [p.detach() for p in self.params]
         self.copies = []
-        if self.samples:  # The copy is complete before the numbers of the next step are read.
+        if self.samples:  # Copied before the numbers of the next step are read.
             names, values = zip(*self.samples, strict=True)
             joined = torch.cat([each.to(values[0].device) for each in values])
             parts = joined.to("cpu", non_blocking=True).split(list(map(len, values)))
@@ -285,7 +284,7 @@ class _Meter:
         return torch.cat([norms(before), norms(after)])
 
     def layers(self, values: Sequence[float], grads: Mapping[Tensor, float]) -> LayerNorms:
-        """Return the norms of each layer, from those of `measure` and of gradients."""
+        """Return the norms of each layer, from the numbers of `measure` and norms of gradients."""
         found: dict[str, list[tuple[float | None, float, float]]] = {}
         number = len(self.params)
         for p, update, weight in zip(self.params, values[:number], values[number:], strict=True):
@@ -297,23 +296,23 @@ class _Meter:
 class LayerMonitor(Callback):
     """Measure the layers of each optimizer at every ``every``-th of its steps.
 
-    It runs on rank 0 alone, since gradients are equal on all ranks. A step in between costs an
-    entry in a list. A measured step costs a copy of the weights, and its numbers come to the host
-    together with those of the next step.
+    It runs only on rank 0, since gradients are equal on all ranks. A step that is not measured
+    costs an entry in a list. A measured step costs a copy of the weights; its numbers come to the
+    host with those of the next step.
 
     It must come before the `LoggerCallback` in the list of callbacks: `state_dict` writes the
     pending record, and the `LoggerCallback` saves the number of records.
 
     Args:
-        every: optimizer steps between two records. Of an optimizer that steps several times in a
-            batch, there may be a few more.
+        every: optimizer steps between two records; a few more for an optimizer that steps several
+            times in a batch.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
         self._meters: dict[str, _Meter] = {}
         self._loggers: LoggerCallback | None = None
-        self._idle: str | None = None  # Warning that the first record carries.
+        self._idle: str | None = None  # Warning for the first record.
         self._listens = False  # True while steps are watched.
 
     def on_fit_start(self, brain: Brain) -> None:
@@ -353,7 +352,7 @@ class LayerMonitor(Callback):
             meter.begin(self._loggers is not None and self._loggers.wants_histograms)
 
     def _after_step(self, brain: Brain, update: Update, gradients: Gradients) -> None:
-        """Measure what the step did, without waiting for the device."""
+        """Measure the step, without waiting for the device."""
         meter = self._meters[update.name]
         # The step of this batch is counted at its end.
         place = {"step": brain.optimizer_step + 1, "epoch": brain.progress.epoch}
@@ -388,7 +387,7 @@ class LayerMonitor(Callback):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a saved state; optimizers that were not monitored then start anew."""
+        """Restore a saved state; optimizers that are not in it start anew."""
         for name, meter in self._meters.items():
             meter.update.deferred.clear()
             meter.copies = []

@@ -24,14 +24,12 @@ logger = logging.getLogger("trainer")
 class Profiler(Callback):
     """Trace ``profile_steps`` batches after the first ``profile_warmup`` of a training stage.
 
-    The trace is written once, to ``profile/`` in the run folder (in the current folder if there is
-    none), and the slowest operations are logged. If the stage ends within the traced batches, the
-    trace has fewer of them. If it ends within the warm-up there is a warning, and the next stage is
-    traced.
+    The trace is written once, to ``profile/`` in the run folder (or in the current folder), and the
+    slowest operations are logged. If the stage ends within the traced batches, the trace has fewer
+    of them. If it ends within the warm-up, there is a warning, and the next stage is traced.
 
     Args:
-        options: run options, of which ``profile_warmup``, ``profile_steps`` and ``output_folder``
-            count.
+        options: run options; uses ``profile_warmup``, ``profile_steps`` and ``output_folder``.
     """
 
     def __init__(self, options: RunOptions) -> None:
@@ -76,7 +74,7 @@ class Profiler(Callback):
     def _stop(self) -> None:
         profile, self._profile = self._profile, None
         if profile is not None:
-            profile.stop()  # Writes what there is, if the warm-up is over.
+            profile.stop()  # Writes the trace, if the warm-up is over.
 
     def _write(self, profile: Any) -> None:
         folder = Path(self._options.output_folder or ".") / "profile"

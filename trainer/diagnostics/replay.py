@@ -1,9 +1,9 @@
 """Replay of a kept batch: the driver of `Brain.fit` under ``--replay FOLDER``.
 
-The Brain is built as for a training. `replay` loads the checkpoint nearest to the skipped step,
-takes batch and random generators from the folder, reruns the batch, logs what is not finite, and
-ends the run. Nothing is written, and no weight changes. The folder is untrusted: its content is
-read as data, and runs no code.
+The Brain is built as for training. `replay` loads the checkpoint nearest to the skipped step, takes
+batch and random generators from the folder, reruns the batch, logs non-finite values, and ends the
+run. Nothing is written, and no weight changes. The folder is untrusted: its content is read as
+data, and runs no code.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Replayed(DriverFinished):
 def make_replay_driver(folder: Path) -> Driver:
     """Return the driver of `Brain.fit` that replays the batch in the folder of a report.
 
-    Calls of `fit` before the one that the batch is from do nothing.
+    Calls of `fit` before that of the batch do nothing.
     """
     fits = 0
 
@@ -63,7 +63,7 @@ def make_replay_driver(folder: Path) -> Driver:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Return the content of `batch.pt`, read without running code from it.
+    """Return the content of `batch.pt`; run no code in it.
 
     Raises:
         ValueError: if it cannot be read or is no kept batch.
@@ -92,12 +92,12 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def checked_generators(kept: dict[str, Any]) -> dict[str, Any]:
-    """Return the states of random generators in a kept batch; ValueError if they are none."""
+    """Return the states of random generators in a kept batch, or raise ValueError."""
     generators: dict[str, Any] = kept["generators"]
     try:
         with rng_kept():
             seed.set_rng_state({**seed.rng_state(), **generators})
-    except Exception as error:  # torch, NumPy and Python each raise other exceptions.
+    except Exception as error:  # torch, NumPy and Python raise different exceptions.
         raise ValueError(
             f"its states of random generators cannot be restored ({type(error).__name__})"
         ) from error
@@ -105,7 +105,7 @@ def checked_generators(kept: dict[str, Any]) -> dict[str, Any]:
 
 
 def nearest(checkpoints: Sequence[Checkpoint], step: int) -> Checkpoint | None:
-    """Return the last checkpoint at or before an optimizer step, or else the first after it."""
+    """Return the last checkpoint at or before an optimizer step, else the first after it."""
     place = attrgetter("step", "number")
     known = [each for each in checkpoints if each.step is not None]
     before = [each for each in known if each.step is not None and each.step <= step]
@@ -121,7 +121,7 @@ def load_nearest(checkpointer: Checkpointer, step: int) -> None:
 
 
 def replay(brain: Brain, arguments: FitArguments, folder: Path, kept: dict[str, Any]) -> NoReturn:
-    """Rerun a kept batch, as `load` returned it, and log what is not finite.
+    """Rerun a kept batch from `load`, and log non-finite values.
 
     Args:
         brain: the Brain, before its training.
@@ -144,7 +144,7 @@ def replay(brain: Brain, arguments: FitArguments, folder: Path, kept: dict[str, 
     def recover() -> None:
         if brain.checkpointer is not None:
             retry_missing(lambda: load_nearest(brain.checkpointer, step - 1))
-        # Enter the epoch of the batch, also from a checkpoint that was saved after it.
+        # Enter the epoch of the batch, even from a later checkpoint.
         progress.fits, progress.epoch = kept["fits"], kept["epoch"]
         progress.phase, progress.stopped = "train", False
 

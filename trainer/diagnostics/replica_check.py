@@ -1,9 +1,9 @@
 """Replica check: compare weights, buffers and optimizers of all ranks, to the last bit.
 
-Weights that are equal stay equal as long as every step is taken with the gradients of all ranks.
-Anything that changes them on one rank alone, such as an optimizer that the Brain does not know or a
-change that depends on the rank, makes several models of one, and no loss shows it. The same holds
-for what optimizers keep, and for buffers that no forward pass changes.
+Equal weights stay equal as long as every step uses the gradients of all ranks. A change on one rank
+alone, such as by an optimizer that the Brain does not know or by code that depends on the rank,
+makes several models of one, and no loss shows it. The same holds for states of optimizers, and for
+buffers that no forward pass changes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from trainer.texts import first_names
 if TYPE_CHECKING:
     from trainer.brain import Brain
 
-ROW = 4096  # Words of 8 bytes in a row: each row is summed, and then the sums of all rows.
-BLOCK = 256  # Rows that are multiplied at once, which bounds the memory.
+ROW = 4096  # Words of 8 bytes in a row; rows are summed, then the sums of rows.
+BLOCK = 256  # Rows multiplied at once, to bound the memory.
 
 
 class DriftError(RuntimeError):
@@ -34,11 +34,11 @@ class DriftError(RuntimeError):
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """Return the sum of the words of 8 bytes of a tensor, each times an odd number of its position.
+    """Return the sum of a tensor's words of 8 bytes, each times an odd number for its position.
 
-    Modulo 2^64 a change of any one word changes the sum for certain; changes of several words, also
-    such as cancel in a plain sum, do with a probability of about 1 - 2^-60. The result is a scalar
-    of dtype int64, on the device of the tensor, which is dense.
+    Modulo 2^64, a change of one word always changes the sum; changes of several words, even if they
+    cancel in a plain sum, do so with a probability of about 1 - 2^-60. The tensor must be dense;
+    the result is an int64 scalar on its device.
     """
     values = tensor.detach().resolve_conj().resolve_neg()
     values = torch.view_as_real(values) if values.is_complex() else values
@@ -52,7 +52,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
     blocks = data[:whole].view(torch.int64).view(-1, ROW).split(BLOCK)
     sums = [(block * columns).sum(1) for block in blocks]
     rows = torch.cat([*sums, (tail * columns[: len(tail)]).sum().reshape(1)])
-    size = 1 << len(rows).bit_length()  # Few sizes, of which the cache keeps some.
+    size = 1 << len(rows).bit_length()  # Few sizes, for the cache.
     return (rows * _weights(size, 2, data.device)[: len(rows)]).sum()
 
 
@@ -89,7 +89,7 @@ def find_differing(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _agree(numbers: Tensor) -> Tensor:
-    """Return which of the numbers (N,) are equal on all ranks. Collective."""
+    """Return flags (N,): True for numbers that are equal on all ranks. Collective."""
     # ~x falls as x rises: the largest ~x of all ranks is that of the smallest x.
     largest, smallest = distributed.all_reduce_max_(torch.cat([numbers, ~numbers])).chunk(2)
     return largest.eq(~smallest)
@@ -101,9 +101,9 @@ def check_replicas_in_sync(
     """Check that tensors are equal on all ranks, to the bit. Collective.
 
     Args:
-        tensors: the same names and order on all ranks.
-        where: place in the run, with which the error message begins.
-        what: what the tensors are, for the error message.
+        tensors: tensors with the same names and order on all ranks.
+        where: place in the run, as the beginning of the error message.
+        what: kind of the tensors, for the error message.
 
     Raises:
         DriftError: a tensor is not the same on all ranks; raised on every rank.
@@ -123,9 +123,9 @@ def check_replicas_in_sync(
 class ReplicaCheck(Callback):
     """Compare all ranks after the first and each ``every``-th training batch.
 
-    Compared are the weights, the buffers that no forward pass changes, and a part of the optimizer
-    states, another one at each check, so that a check takes about one and a half times as long as
-    that of the weights. Batches are counted from the start of each training stage.
+    Compares the weights, the buffers that no forward pass changes, and a part of the optimizer
+    states, another part at each check: a check takes about 1.5 times as long as one of the weights.
+    Batches are counted from the start of each training stage.
 
     Args:
         every: batches between two checks.
@@ -133,10 +133,10 @@ class ReplicaCheck(Callback):
 
     def __init__(self, every: int) -> None:
         self._every, self._batches, self._turn = every, 0, 0
-        # Names of buffers that may differ: running statistics of batch norms, which do until an
-        # epoch ends, buffers that have changed on every rank between two checks, and such as grow.
+        # Names of buffers that may differ: running statistics of batch norms, which differ until an
+        # epoch ends, buffers that changed on every rank between two checks, and buffers that grow.
         self._free: set[str] = set()
-        self._noted: dict[str, tuple[torch.Size, int]] = {}  # Shape and contents of the others.
+        self._noted: dict[str, tuple[torch.Size, int]] = {}  # Shape and content of the others.
 
     def on_stage_start(
         self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
@@ -165,7 +165,7 @@ class ReplicaCheck(Callback):
             check_replicas_in_sync(state, where, "optimizer states")
 
     def _note_buffers(self, modules: nn.Module) -> dict[str, Tensor]:
-        """Note the contents of the buffers that may not differ, and return them by name."""
+        """Record the contents of the buffers that may not differ, and return them by name."""
         buffers = {
             name: buffer
             for name, buffer in modules.named_buffers()
@@ -189,7 +189,7 @@ class ReplicaCheck(Callback):
         return {name: buffers[name] for name in constant}
 
     def _part(self, state: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-        """Return the tensors whose turn it is, of more than ``size`` elements together or all."""
+        """Return the next tensors to compare: more than ``size`` elements in total, or all."""
         names, chosen, total = list(state), dict[str, Tensor](), 0
         while len(chosen) < len(names) and total <= size:
             name = names[self._turn % len(names)]
@@ -200,7 +200,7 @@ class ReplicaCheck(Callback):
 
 
 def optimizer_state(brain: Brain) -> dict[str, Tensor]:
-    """Return the tensors that the optimizers keep, by name."""
+    """Return the tensors in the states of the optimizers, by name."""
     return {
         f"{update.name}: {name} {key}": value
         for update in brain.updates.values()
@@ -211,6 +211,6 @@ def optimizer_state(brain: Brain) -> dict[str, Tensor]:
 
 
 def make_replica_check(brain: Brain) -> ReplicaCheck | None:
-    """Return the replica check of a Brain; None with one process, and if it is off."""
+    """Return the replica check of a Brain; None with one process, or if it is off."""
     every = brain.options.drift_check_every
     return ReplicaCheck(every) if every and distributed.world_size() > 1 else None

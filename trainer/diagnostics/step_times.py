@@ -1,7 +1,7 @@
 """Time of the parts of a step, padding and memory, measured once per log record.
 
-Nothing waits for a device, and only the measured step has extra work. On a GPU the times are those
-of the device, taken by CUDA events that are read with the next record.
+Nothing waits for a device, and only the measured step costs extra work. On a GPU the times are
+those of the device, from CUDA events that are read with the next record.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 class StepTimes(Callback):
     """Add the seconds of a step to log records, as ``times``, ``padding`` and ``memory``.
 
-    Measured are the batches up to the first step after a record, from the second batch of a
-    training stage on. ``times`` has, in seconds, the wait for data ("data"), forward pass and loss
-    ("forward"), the backward pass ("backward"), the step itself ("step"), and the checkpoints since
-    the last record ("save"). ``padding`` is the share of padding, from 0 to 1, in the largest
-    padded field of the batch. ``memory`` is the peak of the memory of tensors on the GPU, or of the
-    process on a CPU, in bytes.
+    Measures the batches up to the first step after a record, starting with the second batch of a
+    training stage. ``times`` has, in seconds, the wait for data ("data"), forward pass and loss
+    ("forward"), backward pass ("backward"), the step itself ("step"), and checkpoints since the
+    last record ("save"). ``padding`` is the share of padding, from 0 to 1, in the largest padded
+    field of the batch. ``memory`` is the peak memory in bytes: of tensors on a GPU, of the process
+    on a CPU.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class StepTimes(Callback):
         self._padding: float | None = None
         self._saving = 0.0
         self._listens = False  # True while batches are watched.
-        self._counts = False  # True from the first batch on that is measured.
+        self._counts = False  # True once a measured batch has begun.
 
     def on_stage_start(
         self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
@@ -66,7 +66,7 @@ class StepTimes(Callback):
         begun = datetime.fromisoformat(checkpoint.time)
         self._saving += (datetime.now(UTC) - begun).total_seconds()
         if self._watch.marks and self._listens:
-            self._watch.mark("save")  # The wait for data begins after it.
+            self._watch.mark("save")  # The wait for data begins after a save.
 
     def on_fit_end(self, brain: Brain) -> None:
         self._end(brain)
@@ -106,7 +106,7 @@ class StepTimes(Callback):
         return any(part == "step" for part, _ in self._watch.marks)
 
     def _times(self) -> dict[str, float]:
-        """Return the seconds of each part of the measured step; nothing if they are not known."""
+        """Return the seconds of each part of the measured step; empty if not known."""
         times: dict[str, float] = {}
         for part, seconds in self._watch.read():
             known = {"rest": "step", "save": ""}.get(part, part)
@@ -116,15 +116,15 @@ class StepTimes(Callback):
 
 
 def make_step_times(brain: Brain) -> StepTimes | None:
-    """Return the measurement of a Brain that records, on the main rank; else None."""
+    """Return the measurement for a Brain that records, on rank 0; else None."""
     return StepTimes() if brain.options.output_folder and distributed.is_main() else None
 
 
 def _memory(device: torch.device) -> int:
-    """Return the peak of the memory in bytes: of tensors on a GPU, of the process on a CPU."""
+    """Return the peak memory in bytes: of tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # In KiB but on macOS.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # In KiB, except on macOS.
     return peak if sys.platform == "darwin" else 1024 * peak
 
 

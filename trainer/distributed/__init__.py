@@ -1,4 +1,4 @@
-"""Process group: ranks, collectives, and work that succeeds or fails on all ranks as one.
+"""Process group: ranks, collectives, and work that succeeds or fails on all ranks together.
 
 ``torchrun --nproc_per_node=N train.py …`` launches the processes. In a run of one
 process, no function of this module communicates.
@@ -24,12 +24,12 @@ from trainer.distributed import hang_watch
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
-# Variables of the environment that torchrun sets.
+# Environment variables that torchrun sets.
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-RENDEZVOUS = timedelta(seconds=60)  # Time in which all processes have to come together.
+RENDEZVOUS = timedelta(seconds=60)  # Time for all processes to join.
 _timeout = TIMEOUT
-_store: Any = None  # torch's store that is shared by the processes of one start of a run.
-_gradient_group: tuple[Any, Any] = None, None  # The default group at its creation, and itself.
+_store: Any = None  # torch's store, shared by the processes of one start of a run.
+_gradient_group: tuple[Any, Any] = None, None  # The default group at its creation; the group.
 
 
 def _active() -> bool:
@@ -52,32 +52,32 @@ def local_rank() -> int:
 
 
 def is_main() -> bool:
-    """Return True on rank 0, which writes what is written once."""
+    """Return True on rank 0, which writes files and messages."""
     return rank() == 0
 
 
 def launched() -> bool:
-    """Return True if torchrun started this process, which its environment shows."""
+    """Return True if torchrun started this process, according to its environment."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def restarts() -> int:
-    """Return how many times torchrun has started this run anew after a process had died."""
+    """Return the number of times that torchrun has restarted this run after a process died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if launched() else 0
 
 
 def start(device: str, timeout: timedelta = TIMEOUT) -> None:
     """Join the process group of the processes that torchrun launched.
 
-    Every rank must call it. It does nothing in a process that torchrun did not launch, and in one
-    that has joined.
+    Every rank must call it. It does nothing in a process that torchrun did not launch or that has
+    joined already.
 
     Args:
         device: device of the run, such as "cpu" or "cuda"; CUDA uses NCCL, all else Gloo.
-        timeout: time after which a collective that some rank does not call raises an error.
+        timeout: time after which a collective that a rank does not call raises an error.
 
     Raises:
-        ValueError: the environment names processes that do not exist.
+        ValueError: processes that the environment names do not exist.
     """
     if not launched() or _active():
         return
@@ -91,7 +91,7 @@ def start(device: str, timeout: timedelta = TIMEOUT) -> None:
             f"{f'but no {missing}' if missing else 'which do not fit'}: unset RANK and WORLD_SIZE "
             "for a run of one process, or start with torchrun"
         )
-    import torch.distributed.nn  # Imported in a group, its default arguments would keep that group.
+    import torch.distributed.nn  # Imported later, its default arguments would keep the group.
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 
@@ -108,15 +108,15 @@ def start(device: str, timeout: timedelta = TIMEOUT) -> None:
             f"run of one process ({str(error).partition(chr(10))[0]})"
         ) from error
     shared.set_timeout(RENDEZVOUS)
-    # torchrun's store outlives the processes: what those of an earlier start wrote, such as the
-    # addresses of processes that are gone, must not be taken for what others write now.
+    # torchrun's store outlives the processes: entries of an earlier start, such as addresses of
+    # dead processes, must not be read as present ones.
     _store = PrefixStore(f"restart-{restarts()}", shared)
     backend = "nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=_store, rank=rank, world_size=ranks, timeout=timeout)
 
 
 def join(device: str) -> None:
-    """Join the processes that torchrun launched, for a program that has not done so; see `start`.
+    """Join the processes that torchrun launched, if the program has not done so; see `start`.
 
     Every rank must call it. The process leaves the group when it ends.
 
@@ -134,8 +134,8 @@ def join(device: str) -> None:
 def stop() -> None:
     """Leave the process group, if there is one, and end its threads. Every rank must call it.
 
-    This module keeps the only references to the groups: the threads of a group that anything else
-    keeps would run on, and abort the process if they ran into the end of the interpreter.
+    Only this module may keep references to the groups: otherwise their threads would run on, and
+    abort the process at the end of the interpreter.
     """
     global _gradient_group, _store
     if _active():
@@ -146,13 +146,13 @@ def stop() -> None:
 def open_gradient_group() -> None:
     """Open the group of `begin_sum` and `begin_max`, once. Every rank must call it.
 
-    Its messages are ordered among themselves only: collectives of the default group may come
-    between them, at different places on each rank.
+    Only its own messages are ordered: collectives of the default group may come between them, at
+    different places on each rank.
     """
     global _gradient_group
     world = dist.group.WORLD
     if _gradient_group[0] is not world:
-        barrier()  # It ends when a rank has died; the next line would wait for that rank's address.
+        barrier()  # Fails if a rank has died; the next line would wait for its address.
         _gradient_group = world, dist.new_group(timeout=_timeout)
 
 
@@ -172,7 +172,7 @@ def barrier() -> None:
 
 
 def any_rank(*flags: bool) -> tuple[bool, ...]:
-    """Combine flags over ranks by logical or. Every rank must call it, with as many flags.
+    """Combine flags over ranks by logical or. Every rank must call it, with equally many flags.
 
     Args:
         *flags: this rank's flags.
@@ -215,7 +215,7 @@ def begin_sum(tensor: Tensor) -> dist.Work:
 
 
 def begin_max(tensor: Tensor) -> dist.Work:
-    """Begin to take the maximum over ranks of each element, as `begin_sum` does for sums.
+    """Begin to take the maximum over ranks of each element, in place, like `begin_sum`.
 
     Every rank must call it.
 
@@ -243,14 +243,14 @@ def all_reduce_max_(tensor: Tensor) -> Tensor:
 
 
 def broadcast_(tensors: list[Tensor]) -> None:
-    """Overwrite tensors by those of rank 0, in place. Every rank must call it.
+    """Overwrite tensors with those of rank 0. Every rank must call it.
 
     Args:
         tensors: of the same number, shapes and dtypes on all ranks.
     """
     if world_size() > 1:
         for tensor in tensors:
-            # Backends send memory as it lies, which may differ between ranks and have gaps.
+            # Backends send raw memory, whose layout may differ between ranks and have gaps.
             sent = tensor.contiguous()
             dist.broadcast(sent, 0)
             if sent is not tensor:
@@ -258,19 +258,19 @@ def broadcast_(tensors: list[Tensor]) -> None:
 
 
 def all_gather_rows(tensor: Tensor) -> Tensor:
-    """Concatenate the rows of all ranks' tensors. Every rank must call it.
+    """Concatenate tensors of all ranks along their rows. Every rank must call it.
 
     Args:
         tensor: rows (N, …); N may differ between ranks.
 
     Returns:
-        The rows of all (ΣN, …), in the order of ranks.
+        All rows (ΣN, …), in the order of ranks.
     """
     return tensor if world_size() == 1 else torch.cat(_all_gather(tensor))
 
 
 def all_gather_json(item: Any) -> list[Any]:
-    """Gather one item per rank, sent as JSON: reading it runs no code. Every rank must call it.
+    """Gather one item per rank, sent as JSON, which runs no code. Every rank must call it.
 
     Args:
         item: numbers, strings, booleans, None, and lists and dicts of these.
@@ -288,13 +288,13 @@ def broadcast_json(item: Any) -> Any:
     """Return rank 0's item on every rank, sent as JSON. Every rank must call it.
 
     Args:
-        item: as in `all_gather_json`; used on rank 0 only.
+        item: as in `all_gather_json`; used only on rank 0.
     """
     return all_gather_json(item if is_main() else None)[0]
 
 
 def _all_gather(tensor: Tensor) -> list[Tensor]:
-    """Gather tensors (n, …) whose number of rows n differs between ranks."""
+    """Gather tensors (n, …) whose number of rows n may differ between ranks."""
     size = torch.tensor([len(tensor)], device=tensor.device)
     sizes = [torch.zeros_like(size) for _ in range(world_size())]
     dist.all_gather(sizes, size)
@@ -308,27 +308,27 @@ def _all_gather(tensor: Tensor) -> list[Tensor]:
     return [row[:count] for row, count in zip(rows, counts, strict=True)]
 
 
-# Work that succeeds or fails on all ranks
+# Work that succeeds or fails on all ranks together
 
 
 def run_on_all(work: Callable[..., T], *args: Any, shared: type[Exception] | None = None) -> T:
     """Call a function on every rank; an error on one rank becomes an error on all of them.
 
-    No rank is left waiting in a later collective for one that failed. Every rank must call it.
+    So no rank waits in a later collective for one that has failed. Every rank must call it.
 
     Args:
-        work: function that may fail on some ranks only.
+        work: function that may fail on some of the ranks.
         *args: its arguments, which may differ between ranks.
-        shared: type of exception that all ranks raise alike, so that all of them can handle it in
-            the same way; it is made from a message.
+        shared: type of exception that is raised on all ranks, so that all can handle it alike;
+            constructed from a message.
 
     Returns:
         This rank's result.
 
     Raises:
         BaseException: this rank's own error, if it has one.
-        shared: on every rank, if it is the only type that was raised.
-        RuntimeError: another rank failed with an error of another type than ``shared``.
+        shared: on every rank, if no other type was raised.
+        RuntimeError: another rank failed with another type of error.
     """
     if world_size() == 1:
         return work(*args)
@@ -354,7 +354,7 @@ def run_on_all(work: Callable[..., T], *args: Any, shared: type[Exception] | Non
 
 
 def failed_elsewhere(error: Exception) -> bool:
-    """Return True for the error that `run_on_all` raises where another rank has failed."""
+    """Return True for the error of `run_on_all` about a failure of another rank."""
     return type(error) is RuntimeError and re.match(r"rank \d+ failed \(", str(error)) is not None
 
 
@@ -362,15 +362,15 @@ def run_on_main(work: Callable[..., T], *args: Any, shared: type[Exception] | No
     """Call a function on rank 0 and return its result on every rank. Every rank must call it.
 
     Args:
-        work: function that returns what `all_gather_json` can send.
-        *args: its arguments, used on rank 0 only.
+        work: function whose result `all_gather_json` can send.
+        *args: its arguments, used only on rank 0.
         shared: as in `run_on_all`.
 
     Returns:
         Rank 0's result.
 
     Raises:
-        BaseException: as in `run_on_all`; an error on rank 0 is one on every rank.
+        BaseException: as in `run_on_all`; an error on rank 0 is raised on every rank.
     """
     result = run_on_all(lambda: work(*args) if is_main() else None, shared=shared)
     on_every_rank: T = broadcast_json(result)
@@ -382,7 +382,7 @@ def run_on_main(work: Callable[..., T], *args: Any, shared: type[Exception] | No
 
 @contextmanager
 def pause() -> Iterator[None]:
-    """Context manager for work of one rank for which the others may wait without a limit.
+    """Context manager for work of one rank for which others may wait without a limit.
 
     Every rank must enter it.
     """
@@ -399,11 +399,11 @@ def watch_for_hangs(
     """Return a context manager in which all ranks end if one makes no progress.
 
     Every rank must enter it. It does nothing in a run of one process, within another such block,
-    and where `start` was not called.
+    and if `start` was not called.
 
     Args:
         timeout: time without progress after which a rank counts as hung, in seconds; 0 for never.
-        progress: returns another value whenever this rank has made progress.
+        progress: returns a new value whenever this rank has made progress.
     """
     if world_size() == 1 or _store is None or not timeout or hang_watch.HangWatch.running:
         return nullcontext()
@@ -411,14 +411,14 @@ def watch_for_hangs(
 
 
 def meet(name: str, seconds: float) -> bool:
-    """Wait for all ranks outside of their collectives.
+    """Wait for all ranks outside collectives.
 
     Args:
-        name: name of the meeting, the same on all ranks and used once in a run.
+        name: name of the meeting, equal on all ranks and used once in a run.
         seconds: time to wait for the others, in seconds.
 
     Returns:
-        True if every rank has called it within the time; False, too, where `start` was not called.
+        True if every rank called it within the time; False if `start` was not called.
     """
     if world_size() == 1:
         return True
@@ -428,26 +428,26 @@ def meet(name: str, seconds: float) -> bool:
     try:
         _store.set(keys[rank()], "")
         _store.wait(keys, timedelta(seconds=seconds))
-    except RuntimeError:  # The time is over, or the launcher has died, and its store with it.
+    except RuntimeError:  # Time is over, or the launcher has died with its store.
         return False
     return True
 
 
 def depart(request: int | None = None, error: str = "") -> None:
-    """Tell the other ranks why this one ends without them; the first call of any rank counts.
+    """Send the other ranks the reason why this one ends; the first call of any rank counts.
 
     Args:
-        request: number of the request to stop for which it ends; None for an error.
+        request: number of the request to stop; None for an error.
         error: the error, as one line.
     """
     if _store is not None:
         reason = json.dumps({"rank": rank(), "request": request, "error": error})
-        with suppress(RuntimeError):  # The launcher has died, and its store with it.
+        with suppress(RuntimeError):  # The launcher has died with its store.
             _store.compare_set("departure", "", reason)
 
 
 def ask(number: int) -> None:
-    """Tell the other ranks of a request to stop, also those that are in no collective.
+    """Send a request to stop to the other ranks, even to those outside collectives.
 
     Args:
         number: number of the request, which `asked` returns on the other ranks.
@@ -458,20 +458,20 @@ def ask(number: int) -> None:
 
 
 def asked() -> int | None:
-    """Return the request to stop that another rank told of by `ask`; None if none did.
+    """Return the request to stop that another rank sent by `ask`, or None.
 
     Raises:
-        RuntimeError: the launcher has died, and its store with it.
+        RuntimeError: the launcher has died with its store.
     """
     store = _store
     return int(store.get("asked")) if store is not None and store.check(["asked"]) else None
 
 
 def departure() -> dict[str, Any] | None:
-    """Return why another rank ended, after a collective failed.
+    """Return the reason why another rank ended, after a collective failed.
 
     Returns:
-        Its ``rank`` and what it gave to `depart`, ``request`` and ``error``; None if none did.
+        Its ``rank``, and ``request`` and ``error`` as passed to `depart`; None if no rank did.
     """
     with suppress(RuntimeError):
         if _store is not None and _store.check(["departure"]):

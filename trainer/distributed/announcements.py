@@ -1,9 +1,9 @@
-"""Announcements: short messages in which ranks tell each other what they are about to send.
+"""Announcements: short messages about the gradients that ranks are about to send.
 
 Before a rank sends gradients, it announces the accumulation windows that it closes; after a batch
 in which no optimizer has stepped, it announces that it closes no more. All announcements have one
-form, so that a rank that has given up a batch can wait for the next one and learn from it what it
-has to answer. Ranks whose announcements differ call `Brain.optimize` in different orders.
+form, so that a rank that has given up a batch can wait for the next one and learn how to answer. If
+announcements differ, ranks call `Brain.optimize` in different orders.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from torch import Tensor
 
 from trainer import distributed
 
-Windows = Sequence[Sequence[str]]  # The optimizers of each window that a call of `optimize` closes.
+Windows = Sequence[Sequence[str]]  # Optimizers of each window that a call of `optimize` closes.
 
-LIMIT = 2**62  # Numbers that stand for windows are smaller.
+LIMIT = 2**62  # Above all codes of windows.
 
 
 class Votes(NamedTuple):
-    """Questions that are True for all ranks if they are for any.
+    """Flags that are True for all ranks if they are for any.
 
-    The run was asked to stop, it is time to save, and a rank has given up this batch.
+    They mean that the run was asked to stop, that it is time to save, and that a rank has given up
+    this batch.
     """
 
     stop: bool
@@ -54,8 +55,8 @@ class Announcements:
         """Announce the windows that this rank closes now, and its votes.
 
         Args:
-            windows: the windows, in the order in which they are closed; empty if the batch closes
-                no more; None if this rank has given up the batch.
+            windows: the windows in the order of closing; empty if the batch closes no more; None if
+                this rank has given up the batch.
             stop: this rank's vote to stop.
             save: this rank's vote to save.
         """
@@ -63,7 +64,7 @@ class Announcements:
             if len(names) > 1:
                 self._joint = list(names)
         code = 0 if windows is None else self._encode(windows)
-        # The maxima of a number and of its negative are opposite only if all ranks sent the same.
+        # The maxima of a number and its negative are opposite only if all ranks sent the same.
         digest = _digest(windows or ())
         numbers = (-LIMIT,) * 4 if windows is None else (code, digest, -code, -digest)
         sent = (*numbers, stop, save, windows is None)
@@ -71,16 +72,16 @@ class Announcements:
         self._message = distributed.begin_max(self._answer)
 
     def confirm(self) -> None:
-        """Wait for the announcements of all ranks, before the messages that they announce."""
+        """Wait for the announcements of all ranks, before the announced messages."""
         self.check(self.disagreement().tolist())
 
     def disagreement(self) -> Tensor:
-        """Return a vector (2,) that is 0 if all ranks announced the same, without reading it."""
+        """Return, without reading it, a vector (2,) that is 0 if all ranks announced the same."""
         self._message.wait()
         return (self._answer[:2] + self._answer[2:4]).double()
 
     def read(self, joint: Callable[[], Sequence[str]]) -> tuple[list[list[str]], Votes]:
-        """Return the windows that the other ranks close, and what any rank voted for.
+        """Return the windows that the other ranks close, and the votes of all.
 
         Args:
             joint: returns the names of the optimizers that step together.
@@ -91,13 +92,13 @@ class Announcements:
             return [], Votes(*map(bool, flags))
         self.check([most + least, digest + opposite])
         if any(names is self._joint for names in self._decode(most)):
-            self._joint = list(joint())  # In an earlier window others may have stepped together.
+            self._joint = list(joint())  # Others may have stepped together in an earlier window.
         windows = self._decode(most)
         self.check([0, digest - _digest(windows)])
         return windows, Votes(*map(bool, flags))
 
     def check(self, disagreement: Sequence[float]) -> None:
-        """Raise ValueError if the vector of `disagreement`, once it is read, is not 0."""
+        """Raise ValueError if the values of `disagreement` are not 0."""
         if not any(disagreement):
             return
         if not disagreement[0]:
@@ -118,7 +119,7 @@ class Announcements:
         )
 
     def _encode(self, windows: Windows) -> int:
-        """Return windows as digits: 0 ends the row, 1 … N is an optimizer, N + 1 the joint ones."""
+        """Encode windows as digits: 0 ends the row, 1 … N is an optimizer, N + 1 the joint ones."""
         code, base = 0, len(self._names) + 2
         for names in reversed(windows):
             digit = self._names.index(names[0]) + 1 if len(names) == 1 else base - 1
@@ -139,11 +140,11 @@ class Announcements:
 
 
 def _digest(windows: Windows) -> int:
-    """Return a number that stands for the names of all windows, also of those that are joint."""
+    """Return a hash of the names of all windows, also of joint ones."""
     return zlib.crc32(repr([list(names) for names in windows]).encode())
 
 
 @lru_cache(maxsize=16)
 def on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return numbers as a vector on the device, cached by value; it must not be written to."""
+    """Return numbers as a vector on the device, cached by value; do not write to it."""
     return torch.tensor(numbers, dtype=dtype, device=device)

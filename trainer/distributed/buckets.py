@@ -1,8 +1,8 @@
 """Gradients of one optimizer in flat buckets, which are summed over ranks during backward.
 
-All ranks send the same buckets in the same order, whatever their graphs did. A bucket is sent as
-soon as the last backward pass of a window has filled it and those before it; what a rank did not
-fill is sent after that backward pass, as zeros or as earlier passes left it.
+All ranks send the same buckets in the same order, regardless of their graphs. A bucket is sent as
+soon as the last backward pass of a window has filled it and those before it. The others are sent
+after that pass, with missing gradients as zeros or as earlier passes left them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer import distributed
 
-# The first message is small, so that it is sent early; later ones are large, for throughput.
+# The first message is small, to be sent early; later ones are large, for throughput.
 FIRST_BUCKET_BYTES = 2**20
 BUCKET_BYTES = 25 * 2**20
 
@@ -27,8 +27,8 @@ class Bucket:
     Attributes:
         params: the parameters, of one dtype and device.
         slots: for each parameter a view of the flat tensor, of its shape and strides.
-        had_gradient: for each parameter, True if this rank has a gradient of it; known once the
-            bucket is filled.
+        had_gradient: for each parameter, True if this rank has its gradient; known once the bucket
+            is filled.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -42,7 +42,7 @@ class Bucket:
         self.had_gradient: list[bool] = []
 
     def fill(self, factor: float = 1.0) -> None:
-        """Collect the gradients, zeros for those that are missing, and multiply by a factor."""
+        """Collect the gradients, with zeros for missing ones, and multiply by a factor."""
         self.had_gradient = [p.grad is not None for p in self.params]
         for p, slot in zip(self.params, self.slots, strict=True):
             if p.grad is None:
@@ -57,17 +57,17 @@ class Bucket:
 class GradientBuckets:
     """Buckets of one optimizer.
 
-    A parameter has a place in a bucket once it is known that it gets gradients, and that its hook
-    fires once a backward pass. All others are late: they are sent at the end of a window.
+    A parameter gets a place in a bucket once it is known to get gradients, and its hook to fire
+    once a backward pass. All others are late: they are sent at the end of a window.
 
     Args:
         params: name and parameter, for all parameters of the optimizer.
-        sparse: those whose gradients may be in sparse layout; they are always late.
+        sparse: parameters whose gradients may be in sparse layout; always late.
         before_send: called before each message.
 
     Attributes:
-        learned: True once a window in this process showed which hooks fire twice.
-        fired_twice: indices of parameters whose hook fired twice in a backward pass since then.
+        learned: True once a window in this process has shown the hooks that fire twice.
+        fired_twice: indices of parameters whose hook has since fired twice in a backward pass.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class GradientBuckets:
         self._stale = False
         self._listening = self._sending = False
         self._fired: set[int] = set()
-        self._left: list[int] = []  # Parameters that each bucket waits for.
+        self._left: list[int] = []  # Number of parameters that each bucket waits for.
         self._sent = 0
         self._after: GradientBuckets | None = None
         self._messages: list[Any] = []
@@ -101,13 +101,13 @@ class GradientBuckets:
             p.requires_grad_(not frozen)
 
     def remove_hooks(self) -> None:
-        """Remove the hooks from the parameters, which other buckets take over."""
+        """Remove the hooks from the parameters, for other buckets."""
         self.wait()
         for hook in self._hooks:
             hook.remove()
 
     def prepare(self) -> None:
-        """Prepare for the next backward pass of a window, the first or another."""
+        """Prepare for the next backward pass of a window."""
         self.wait()  # An error may have ended the last window.
         if self._stale:
             self._lay_out()
@@ -118,7 +118,7 @@ class GradientBuckets:
         return self._sent == len(self._buckets)
 
     def listen(self, send: bool, after: GradientBuckets | None = None) -> None:
-        """Take the gradients of the backward pass that follows.
+        """Take the gradients of the following backward pass.
 
         Args:
             send: send each bucket as soon as it is full, and all of ``after`` before these.
@@ -132,11 +132,11 @@ class GradientBuckets:
             self._sent = 0
 
     def stop_listening(self) -> None:
-        """Ignore the gradients of the backward passes that follow."""
+        """Ignore the gradients of the following backward passes."""
         self._listening = self._sending = False
 
     def flush(self, factor: float) -> None:
-        """Send the buckets that are not on their way, with gradients times a factor."""
+        """Send the remaining buckets, with gradients times a factor."""
         while not self.all_sent:
             self._send(self._buckets[self._sent], factor)
             self._sent += 1
@@ -146,7 +146,7 @@ class GradientBuckets:
         return [i for i in range(len(self.params)) if i not in self._place]
 
     def send_late(self, indices: Iterable[int], factor: float) -> None:
-        """Send late parameters that some rank has a gradient of, those in sparse layout last."""
+        """Send gradients of late parameters that some rank has, those in sparse layout last."""
         chosen = set(indices)
         dense = sorted(chosen - self._rows, reverse=True)
         for i in dense:
@@ -163,7 +163,7 @@ class GradientBuckets:
             self._sum_rows(self.params[i], factor)
 
     def wait(self) -> None:
-        """Wait for all messages; a GPU's stream waits, and not the host."""
+        """Wait for all messages; on a GPU the stream waits, not the host."""
         for message in self._messages:
             message.wait()
         self._messages.clear()
@@ -183,22 +183,22 @@ class GradientBuckets:
         self.learned = True
 
     def early_gradients(self) -> Iterator[tuple[Tensor, bool]]:
-        """Yield each parameter that has a place, and True if this rank has a gradient of it."""
+        """Yield each parameter with a place, and True if this rank has its gradient."""
         for bucket in self._buckets:
             yield from zip(bucket.params, bucket.had_gradient, strict=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what determines the buckets, and with them the order of floating-point sums."""
+        """Return the layout of the buckets, which sets the order of floating-point sums."""
         return {"early": sorted(self._early), "twice": sorted(self._fires_twice)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the buckets of a saved run; which hooks fire twice is learned again."""
+        """Restore the layout of a saved run; hooks that fire twice are learned again."""
         self._early, self._fires_twice = set(state["early"]), set(state["twice"])
         self.learned = False
-        self._lay_out()  # Now: a window may be open, which has been restored, too.
+        self._lay_out()  # At once, since a restored window may be open.
 
     def _lay_out(self) -> None:
-        """Make the buckets anew, in reverse order, which is about that of the backward pass."""
+        """Make the buckets in reverse order, which is about that of the backward pass."""
         self._stale, self._place, self._buckets = False, {}, []
         for group in self._group_neighbours(sorted(self._early, reverse=True)):
             bucket = Bucket([self.params[i] for i in group])
@@ -207,7 +207,7 @@ class GradientBuckets:
             self._buckets.append(bucket)
 
     def _group_neighbours(self, indices: Iterable[int]) -> list[list[int]]:
-        """Split parameters into groups of one dtype and device, and of about a bucket's size."""
+        """Split parameters into groups of one dtype and device, of about a bucket's size."""
         groups: list[list[int]] = []
         kind, size, limit = None, 0, FIRST_BUCKET_BYTES
         for i in indices:
@@ -241,8 +241,8 @@ class GradientBuckets:
             slot.copy_(p.grad)
             p.grad = slot
         if self._sending:
-            # Send what was full before this parameter: a hook of the user's on this parameter may
-            # run after this one and change its gradient.
+            # Send only buckets that were full before this parameter: a hook of the user on this
+            # parameter may run after this one and change its gradient.
             if self._after is None or self._after.all_sent:
                 while not self.all_sent and not self._left[self._sent]:
                     self._send(self._buckets[self._sent])
@@ -264,5 +264,5 @@ class GradientBuckets:
             rows, values = own.indices()[0], own.values() * factor
         rows, values = distributed.all_gather_rows(rows), distributed.all_gather_rows(values)
         total = torch.sparse_coo_tensor(rows[None], values, param.shape, check_invariants=False)
-        # An embedding that is used as a plain matrix too has a dense gradient.
+        # An embedding that is also used as a plain matrix has a dense gradient.
         param.grad = total.coalesce() if grad is None or grad.is_sparse else total.to_dense()

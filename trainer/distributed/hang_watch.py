@@ -1,6 +1,6 @@
-"""Hang watch: ends all ranks if one makes no progress, and logs which one and where it stands.
+"""Hang watch: ends all ranks if one makes no progress, and logs its rank and place.
 
-A thread of each rank publishes in torch's store where its main thread stands. When no rank makes
+A thread of each rank publishes the place of its main thread in torch's store. If no rank makes
 progress for too long, this tells the rank that computes or sleeps from those that wait for it.
 """
 
@@ -35,7 +35,7 @@ class HangWatch:
         store: store that all ranks share.
         rank: rank of this process.
         world_size: number of processes.
-        progress: returns another value whenever this rank has made progress.
+        progress: returns a new value whenever this rank has made progress.
     """
 
     running = False
@@ -61,9 +61,9 @@ class HangWatch:
         HangWatch.running = False
 
     def _watch(self, main: int) -> None:
-        """Publish where the main thread stands, and end the process if a rank hangs."""
+        """Publish the place of the main thread, and end the process if a rank hangs."""
         progress, since, since_read, beat = object(), 0.0, 0.0, 0
-        before: list[dict[str, Any]] | None = None  # What ranks had published when time was up.
+        before: list[dict[str, Any]] | None = None  # Entries of all ranks when time was up.
         while not self._over.wait(self._interval):
             beat += 1
             now = self._progress()
@@ -78,7 +78,7 @@ class HangWatch:
                     before, since_read = self._read(), time.monotonic()
                 elif before is not None and time.monotonic() - since_read >= 4 * self._interval:
                     verdict, before = self._describe(before, self._read()), None
-                    if verdict:  # That of the first rank to write it holds.
+                    if verdict:  # The verdict of the first rank to write one.
                         self._store.compare_set("hung", "", verdict)
                 if not self._store.check(["hung"]):
                     continue
@@ -86,13 +86,13 @@ class HangWatch:
             except RuntimeError:
                 return  # The store is gone, and the run with it.
             logger.error("%s", verdict)
-            # Time for the others to say so too, before their connections break.
+            # Time for the others to log it, too, before their connections break.
             time.sleep(self._interval * (3 if self._rank == 0 else 2))
             sys.stderr.flush()
             os._exit(EXIT_CODE)
 
     def _describe(self, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
-        """Return a sentence with the ranks that hang; an empty one if some rank gets on."""
+        """Describe the ranks that hang; return an empty text if some rank makes progress."""
         silent = [r for r in self._ranks if before[r].get("beat") == now[r].get("beat")]
         if any(now[r]["lasted"] < self._timeout for r in self._ranks if r not in silent):
             return ""  # A rank has made progress, or has entered `pause`.
@@ -114,14 +114,14 @@ class HangWatch:
 
 
 def _standing(thread: int) -> tuple[bool, str]:
-    """Return True if a thread waits for other ranks, and the place where it stands."""
+    """Return True if a thread waits for other ranks, and its place in the code."""
     stack = traceback.extract_stack(sys._current_frames().get(thread))
     if not stack:
         return False, "an unknown place"
     waits = any(
         file.parent == DISTRIBUTED
         or file.parts[-3:-1] == ("torch", "distributed")
-        # It waits for a device, which waits for the other ranks.
+        # Waits for a device, which waits for the other ranks.
         or (file.parts[-2:] == ("optim", "step.py") and name == "_fetch")
         for file, name in ((Path(frame.filename), frame.name) for frame in stack[-4:])
     )

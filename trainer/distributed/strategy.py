@@ -1,11 +1,11 @@
-"""Strategies: how the weights and gradients of several processes are kept equal.
+"""Strategies that keep weights and gradients of several processes equal.
 
 Gradients are summed over ranks during the last backward pass of an accumulation window.
-DistributedDataParallel ties the sum to one forward and one backward pass of one module; adversarial
-recipes, several forward passes, unused parameters and accumulation each break that in their own
-way. `Replicate` needs to know which backward pass is the last of a window, and no more: a forward
-pass may run any number of times, ``self.modules.x`` stays the user's own module, and every rank
-sends the same messages whatever its graph did.
+DistributedDataParallel ties the sum to one forward and one backward pass of one module, which
+adversarial recipes, several forward passes, unused parameters and accumulation break. `Replicate`
+needs to know only the last backward pass of a window: a forward pass may run any number of times,
+``self.modules.x`` stays the user's own module, and every rank sends the same messages regardless of
+its graph.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class WindowSums(NamedTuple):
     """Sums over ranks of a closed accumulation window, on the device.
 
     Args:
-        numbers: vector (5 + P,): sum of weighted losses, sum of weights, the number of ranks for
-            each of the three `Votes`, and for each of the P parameters in ``params`` the number of
-            ranks on which it had a gradient.
+        numbers: vector (5 + P,): sum of weighted losses, sum of weights, number of ranks for each
+            of the three `Votes`, and number of ranks with a gradient of each of the P parameters in
+            ``params``.
         params: parameters that may have had no gradient on any rank.
         reference: weight that the summed gradients are relative to.
         check: a vector on the device, and a function to call with its numbers on the host, which
-            raises ValueError if ranks have closed different windows; None if there is no doubt.
+            raises ValueError if ranks have closed different windows; None if already checked.
     """
 
     numbers: Tensor
@@ -50,9 +50,9 @@ class WindowSums(NamedTuple):
 
 
 class BatchGivenUp(BaseException):
-    """Raised in `Brain.optimize` on the ranks that leave a batch which another one has given up.
+    """Raised in `Brain.optimize` on ranks that leave a batch which another rank has given up.
 
-    It derives from BaseException, so that a recipe that handles errors lets it pass.
+    It derives from BaseException, so that error handling in recipes lets it pass.
     """
 
 
@@ -60,13 +60,13 @@ class Strategy:
     """Strategy of a single process, and base class: nothing is communicated.
 
     A strategy stands between the optimizers, known by their names, and the process group. Every
-    rank calls its methods in the same order and with the same names, but for `give_up_batch`.
-    Gradients are sums of w/reference · g over batches of weight w; each rank has a reference.
+    rank calls its methods in the same order and with the same names, except `give_up_batch`.
+    Gradients are sums of w/reference · g over batches of weight w; each rank has its reference.
 
     Attributes:
         communicates: True if there are other processes.
-        ballot: returns this rank's votes to stop and to save, which travel with the gradients.
-        votes: those of all ranks, once a window of this batch is closed; None before.
+        ballot: returns this rank's votes to stop and to save, which are sent with the gradients.
+        votes: votes of all ranks, once a window of this batch is closed; None before.
     """
 
     communicates: ClassVar[bool] = False
@@ -82,7 +82,7 @@ class Strategy:
         names: Mapping[Tensor, str],
         sparse: set[Tensor],
     ) -> None:
-        """Take the parameters of each optimizer, and check that they are the same on all ranks.
+        """Register the parameters of each optimizer, and check that they are the same on all ranks.
 
         ``names`` are for messages; gradients of ``sparse`` may be in sparse layout.
         """
@@ -92,11 +92,11 @@ class Strategy:
         return None
 
     def begin_batch(self) -> None:
-        """Begin a batch, of which no window is closed yet."""
+        """Begin a batch, without closed windows yet."""
         self.votes = None
 
     def announce(self, windows: Windows) -> None:
-        """Tell the other ranks which windows the call of `optimize` that follows closes."""
+        """Announce to the other ranks the windows that the next call of `optimize` closes."""
 
     def vote(self) -> Votes:
         """Return the votes at the end of a batch that closed no window."""
@@ -108,7 +108,7 @@ class Strategy:
     ) -> None:
         """Give up a batch that this rank cannot train on, and set ``votes``.
 
-        Until the other ranks know, this one takes part in their messages, whose sums are dropped.
+        Until the other ranks know, this one joins in their messages, whose sums are dropped.
 
         Args:
             joint: returns the names of the optimizers that step together.
@@ -124,14 +124,14 @@ class Strategy:
     ) -> AbstractContextManager[None]:
         """Return the context manager for the backward pass of a loss of these optimizers.
 
-        ``last``: the window closes after it.
+        ``last`` is True if the window closes after it.
         """
         return _NOTHING
 
     def end_window(
         self, names: Sequence[str], loss: Tensor, weight: float | Tensor, reference: float
     ) -> WindowSums | None:
-        """Sum the gradients of a window over ranks, of optimizers that step together.
+        """Sum the gradients of optimizers that step together over a window and all ranks.
 
         A parameter without a gradient on this rank counts as zeros and receives the sum.
 
@@ -153,7 +153,7 @@ class Strategy:
         """Make the buffers of all ranks equal, at the end of an epoch."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, equal on all ranks."""
+        """Return the state for a resumed run, equal on all ranks."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -163,8 +163,8 @@ class Strategy:
 class Replicate(Strategy):
     """Strategy in which every rank holds all weights.
 
-    Gradients travel in messages of their own process group, which other collectives, such as those
-    of synchronised batch norm, do not mix with.
+    Gradients have a process group of their own, apart from other collectives such as those of
+    synchronised batch norm.
     """
 
     communicates = True
@@ -178,8 +178,8 @@ class Replicate(Strategy):
         self._saved: Mapping[str, Any] = {}
         self._announcements = Announcements([])
         self._open: list[list[str]] = []  # Announced windows that are not closed yet.
-        self._flushed = 0  # Number of these whose gradients are on their way.
-        self._confirmed = True  # True if all ranks are known to have announced these.
+        self._flushed = 0  # Number of them whose gradients were sent.
+        self._confirmed = True  # True if all ranks are known to have announced them.
 
     def prepare(self, modules: nn.Module) -> None:
         described = {n: _describe(t) for n, t in modules.state_dict(keep_vars=True).items()}
@@ -241,7 +241,7 @@ class Replicate(Strategy):
 
     def prepare_backward(self, name: str, params: Sequence[Tensor]) -> None:
         buckets = self._buckets.get(name)
-        if buckets is None or not _same(buckets.params, params):  # Some parameters are new.
+        if buckets is None or not _same(buckets.params, params):  # The parameters have changed.
             named = [(self._names.get(p, f"parameter {i}"), p) for i, p in enumerate(params)]
             if buckets is not None:
                 buckets.remove_hooks()
@@ -256,7 +256,7 @@ class Replicate(Strategy):
         agreed = self._references.get(names[0])
         before = None
         for buckets in trained:
-            # Gradients relative to another weight have to be scaled first.
+            # Gradients with another reference must be scaled first.
             buckets.listen(send=last and reference == agreed, after=before)
             before = buckets
         try:
@@ -264,7 +264,7 @@ class Replicate(Strategy):
         finally:
             for buckets in trained:
                 buckets.stop_listening()
-            if last:  # After an error, too: ranks had sent different numbers of buckets by then.
+            if last:  # Also after an error, when ranks have sent different numbers of buckets.
                 self._flush(trained, reference, agreed)
                 self._flushed += 1
 
@@ -315,7 +315,7 @@ class Replicate(Strategy):
             disagreement, check = sums.check
             check(disagreement.tolist())
         for p, had in zip(sums.params, ranks[4:], strict=True):
-            p.grad = p.grad if had else None  # As with one process, it does not move at all.
+            p.grad = p.grad if had else None  # It must not move, as with one process.
         for p in params:
             if p.grad is not None:
                 p.grad.mul_(sums.reference / ranks[0])
@@ -328,7 +328,7 @@ class Replicate(Strategy):
         return {"references": dict(self._references), "buckets": buckets}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        # A run of one process has saved nothing.
+        # A run of one process saves none.
         self._references = dict(state.get("references", {}))
         self._saved = state.get("buckets", {})
         for name, saved in self._saved.items():
@@ -336,10 +336,10 @@ class Replicate(Strategy):
                 self._buckets[name].load_state_dict(saved)
 
     def _confirm(self, wait: bool = False) -> None:
-        """Check the announcement before what it announces is sent.
+        """Check an announcement before the announced gradients are sent.
 
-        Ranks that send different messages would end with an error of the backend, or mix them up. A
-        GPU is waited for only if ``wait``; later announcements are checked with the sums.
+        Different messages would raise an error of the backend, or be mixed up. Waits for a GPU only
+        if ``wait``; later announcements are checked with the sums.
         """
         if not self._confirmed and (wait or distributed.device().type == "cpu"):
             self._announcements.confirm()
@@ -348,16 +348,16 @@ class Replicate(Strategy):
     def _flush(
         self, trained: Sequence[GradientBuckets], reference: float, agreed: float | None
     ) -> None:
-        """Send the buckets that are not on their way, relative to the weight ``agreed``."""
+        """Send the remaining buckets, relative to the weight ``agreed``."""
         for buckets in trained:
             buckets.flush(1.0 if agreed is None else reference / agreed)
 
     def _close_late(self, names: Sequence[str], weighed: float, reference: float) -> float:
-        """Send gradients that have no place in a bucket, and learn which places to give.
+        """Send gradients that have no place in a bucket, and learn which parameters get one.
 
-        Every rank asks the others in the first window of the process, and where there are late
-        parameters. The reference weight is the sum over ranks: gradients of equal weights need no
-        factor then. ``weighed`` is ``reference``, or 0 if this rank's window has no examples.
+        Ranks ask each other in the first window of the process, and when there are late parameters.
+        The reference weight is the sum over ranks: gradients of equal weights then need no factor.
+        ``weighed`` is ``reference``, or 0 if this rank's window has no examples.
 
         Returns:
             The weight that the summed gradients are relative to.
@@ -380,7 +380,7 @@ class Replicate(Strategy):
         if answer[0]:
             for name in names:
                 self._references.setdefault(name, agreed)
-        # A first window in which every rank has the same parameters' gradients, and none is sent.
+        # A first window: every rank has gradients of the same parameters, and none was sent.
         alike = len(late) == len(every) and {*answer[1 : 1 + len(late)]} <= {0.0, float(ranks)}
         own = _norms(trained) if first and alike else []
         wanted = [place for place, number in zip(late, answer[1:], strict=False) if number]
@@ -421,13 +421,13 @@ def _norms(trained: Sequence[GradientBuckets]) -> list[float]:
 
 
 def _describe(tensor: Any) -> str:
-    if not isinstance(tensor, Tensor):  # A module's extra state.
+    if not isinstance(tensor, Tensor):  # Extra state of a module.
         return type(tensor).__name__
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def _check_equal(kind: str, described: Mapping[str, str]) -> None:
-    """Raise ValueError on all ranks if any describes other parts than rank 0."""
+    """Raise ValueError on all ranks if the parts of one differ from those of rank 0."""
     digest = hashlib.sha256(json.dumps(list(described.items())).encode()).hexdigest()
     if len(set(distributed.all_gather_json(digest))) == 1:
         return

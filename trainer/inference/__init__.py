@@ -1,4 +1,4 @@
-"""Using trained models: `trainer.load` makes one from its run folder, `export` writes it."""
+"""Trained models: `trainer.load` makes one from its run folder, `export` writes it."""
 
 from trainer.inference.exporting import export
 from trainer.inference.graphs import Graph, Port
@@ -14,17 +14,6 @@ from trainer.inference.results import (
 )
 
 __all__ = [
-    "Classification",
-    "Embedding",
-    "Graph",
-    "Model",
-    "OpenRun",
-    "Port",
-    "Sound",
-    "Speech",
-    "Transcript",
-    "Word",
-    "export",
-    "load",
-    "open_run",
-]
+    "Classification", "Embedding", "Graph", "Model", "OpenRun", "Port", "Sound", "Speech",
+    "Transcript", "Word", "export", "load", "open_run",
+]  # fmt: skip

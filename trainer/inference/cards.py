@@ -1,4 +1,4 @@
-"""Model cards: the README.md of an export, written from the run that the model comes from.
+"""Model cards: the README.md of an export, written from the model's run.
 
 Texts of a run may come from elsewhere: all are escaped, and files are taken from within the run.
 """
@@ -84,13 +84,13 @@ def write_card(
     Args:
         folder: the export.
         model: the model.
-        origin: what it was loaded from, or None.
+        origin: source that it was loaded from, or None.
         described: content of export.json.
         code: example of how to use a network; empty for weights.
-        seeds: folders of runs that differ in their seeds alone.
+        seeds: folders of runs that differ only in their seeds.
 
     Raises:
-        ValueError: a folder of ``seeds`` is no run, or differs in more than its seed.
+        ValueError: a folder in ``seeds`` is no run, or differs in more than its seed.
     """
     if origin is None and seeds:
         raise ValueError("seeds are for a model that trainer.load made from a run folder")
@@ -130,12 +130,12 @@ def write_card(
 
 # ------------------------------------------------------------------------------------------- texts
 
-# Characters with a meaning in Markdown, and those that begin a link or a list without a mark.
+# Characters with a meaning in Markdown, and beginnings of bare links and lists.
 SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$]|(?<=\w):(?=//)|(?<=www)\.|^[-+=]|(?<=^\d)[.)])")
 
 
 def escaped(text: object, most: int = MAX_TEXT) -> str:
-    """Return a text on one line, with what is special in Markdown or HTML escaped.
+    """Return a text on one line, with special characters of Markdown and HTML escaped.
 
     Args:
         text: anything; its ``str()`` is used.
@@ -241,10 +241,10 @@ def _use_of_model(tasks: Sequence[str]) -> str:
 
 
 def _corpora(origin: Origin) -> list[tuple[str, str, str]]:
-    """Return the data of a training: key, name and plain arguments of each object it builds."""
+    """Return the training data: key, name and plain arguments of each object."""
     configuration = origin.run.configuration
     root = configuration.root
-    with suppress(ValueError):  # Of a YAML that refers to what is gone.
+    with suppress(ValueError):  # The YAML may refer to a missing file.
         root = resolve(root, configuration.registry)
     found = []
     for key, node in items(root):
@@ -256,7 +256,7 @@ def _corpora(origin: Origin) -> list[tuple[str, str, str]]:
 
 
 def _short(node: ScalarNode) -> str:
-    """Return a value as text; of an absolute path, the last part."""
+    """Return a value as text; for an absolute path, its last part."""
     text = "null" if tag(node).endswith(":null") else str(node.value)
     return os.path.basename(text.rstrip(os.sep)) if os.path.isabs(text) else text
 
@@ -271,7 +271,7 @@ def _data(corpora: Sequence[tuple[str, str, str]], run: Path) -> str:
 
 
 def _examples(run: Path) -> dict[str, int]:
-    """Return the number of items of each stage: the most of any pass, since one may be short."""
+    """Return the number of items of each stage: the largest of its passes, which may be short."""
     from trainer.report.history import read_history
 
     counts: dict[str, int] = {}
@@ -290,7 +290,7 @@ def _metrics(
     """Return the stage, "test" or "valid", and its metrics.
 
     Raises:
-        ValueError: a run of ``seeds`` is none, or differs in more than its seed.
+        ValueError: a folder in ``seeds`` is no run, or differs in more than its seed.
     """
     from trainer.cli import runs
 
@@ -308,7 +308,7 @@ def _metrics(
 
 
 def _siblings(run: Path, seeds: Sequence[str | Path]) -> list[Path]:
-    """Return the folders of runs that differ from a run in their seeds alone."""
+    """Return the folders of runs that differ from a run only in their seeds."""
     from trainer.cli import runs
 
     folders, problems = runs.run_folders([str(each) for each in seeds])
@@ -320,16 +320,16 @@ def _siblings(run: Path, seeds: Sequence[str | Path]) -> list[Path]:
         for key in {**own, **other}:
             if key != "seed" and own.get(key) != other.get(key):
                 raise ValueError(
-                    f"{each} differs from {run} in {key}, and not in its seed alone: "
+                    f"{each} differs from {run} in {key}, and not only in its seed: "
                     "name runs of the same hyperparameters"
                 )
     return [each for each in folders if each.resolve() != run.resolve()]
 
 
 def _over_items(run: Path, stage: str, metrics: Mapping[str, float]) -> dict[str, str]:
-    """Return the standard deviation over items of the metrics that a table has by item.
+    """Return the standard deviation over items of metrics, from tables with a row for each item.
 
-    Such a table is a CSV file in the run folder; its column has the metric as its mean.
+    Such a table is a CSV file in the run folder; the mean of its column is the metric.
     """
     found: dict[str, str] = {}
     for path in sorted(run.glob(f"*_{stage}.csv")) if stage else ():
@@ -346,10 +346,10 @@ def _over_items(run: Path, stage: str, metrics: Mapping[str, float]) -> dict[str
 
 
 def _units(model: Model | Brain, origin: Origin) -> Mapping[str, str]:
-    """Return units of metrics by name: those of the model, for a Brain of its recipe's model."""
+    """Return units of metrics by name, from the model; for a Brain, from its recipe's model."""
     kind: type = type(model)
     if not hasattr(kind, "units"):
-        with suppress(ValueError, ImportError):  # It is of no recipe that has a model.
+        with suppress(ValueError, ImportError):  # The recipe may have no model.
             kind = origin.run.model_class()
     units: Mapping[str, str] = getattr(kind, "units", {})
     return units
@@ -392,7 +392,7 @@ def _training(run: Path) -> str:
 
 
 def _shortened(command: list[str]) -> list[str]:
-    """Return the words of a command with only the last parts of absolute paths."""
+    """Return the words of a command with absolute paths cut to their last parts."""
     words = list(command)
     for place, word in enumerate(words):
         if os.path.isabs(word):
@@ -418,7 +418,7 @@ def _options(command: Sequence[str]) -> list[str]:
 
 
 def _environment(run: Path) -> str:
-    """Return revision and versions as the run has recorded them."""
+    """Return the recorded revision and versions."""
     found = json_files.read_mapping(run, run / "environment.json")
     git, packages, gpus = found.get("git"), found.get("packages"), found.get("gpus")
     rows = []
@@ -437,7 +437,7 @@ def _environment(run: Path) -> str:
 
 
 def _samples(run: Path, folder: Path) -> str:
-    """Copy some sounds of the run, those of the test first; return their table, if any."""
+    """Copy some sounds of the run, first those of the test; return their table, if any."""
     from trainer.report.samples import read_tables
 
     for table in read_tables(run):
@@ -472,7 +472,7 @@ def _cell(cell: Mapping[str, Any], source: Path, target: Path) -> str:
 
 
 def _copy_sound(source: Path, name: object, target: Path) -> bool:
-    """Copy a sound that lies in a folder; return False for another file, or without room left."""
+    """Copy a sound in a folder; return False for another file, or if no room is left."""
     from trainer.report.samples import read_file
 
     left = MAX_BYTES - sum(each.stat().st_size for each in target.parent.glob("*"))

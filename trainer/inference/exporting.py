@@ -51,24 +51,24 @@ def export(
 ) -> Path:
     """Write a model to a new folder, with adapters merged into the weights that they adapt.
 
-    The folder has a README.md that describes the model from the run that it was loaded from, with
-    samples of that run, and an ``export.json`` for programs. The model itself stays as it is.
+    The folder has a README.md that describes the model and its run, with samples, and an
+    ``export.json`` for programs. The model itself is unchanged.
 
     - ``safetensors``: all weights in ``model.safetensors``, by their names in ``model.modules``;
-      for a model that `trainer.load` made also the files that it needs, so that `trainer.load`
-      accepts this folder too. Each model of transformers is also saved by ``save_pretrained``, in a
-      folder of its name, such as ``encoder/``.
+      for a model of `trainer.load` also the files that it needs, so that `trainer.load` reads the
+      folder. Each model of transformers is also saved by ``save_pretrained``, in a folder of its
+      name, such as ``encoder/``.
     - ``onnx`` and ``torch``: a network in ``model.onnx``, or in ``model.pt2`` for
       ``torch.export.load``. The file is run and compared to torch on inputs of several lengths and
-      batch sizes. A class of your own says which network by a method ``graph(modules)``, which
-      returns a `trainer.inference.Graph`.
+      batch sizes. A class of your own names the network by a method ``graph(modules)`` that returns
+      a `trainer.inference.Graph`.
 
     Args:
         model: the model with the weights to write: one of `trainer.load`, or a Brain within its
             ``best_weights()``.
         folder: the folder to make.
         to: ``safetensors``, ``onnx`` or ``torch``.
-        seeds: folders of runs that differ from the model's in their seeds alone; the README has
+        seeds: folders of runs that differ from the model's only in their seeds; the README gives
             mean and standard deviation of their metrics.
 
     Returns:
@@ -76,10 +76,10 @@ def export(
 
     Raises:
         ValueError: ``to`` is unknown, the folder exists and is not empty, merged weights would not
-            be finite, the model has no network for this format, its file computes something else
-            than torch, or a run of ``seeds`` differs in more than its seed.
+            be finite, the model has no network for this format, its file computes other outputs
+            than torch, or a run in ``seeds`` differs in more than its seed.
         OSError: a file cannot be written.
-        ImportError: a package is missing that the format needs.
+        ImportError: a package that the format needs is missing.
 
     Example::
 
@@ -114,9 +114,9 @@ def export(
 
 @contextmanager
 def _new(target: Path) -> Iterator[Path]:
-    """Context manager that yields a folder to fill, which becomes ``target`` at its end.
+    """Context manager that yields a folder to fill, which becomes ``target`` on exit.
 
-    After an error there is neither of the two.
+    After an error neither folder exists.
 
     Raises:
         OSError: a file cannot be written.
@@ -129,10 +129,10 @@ def _new(target: Path) -> Iterator[Path]:
         os.rename(partial, target)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):  # Another process has put something there.
+        with suppress(OSError):  # Another process may have put something there.
             for each in made:
                 each.rmdir()
-        # A user knows the target, and not the temporary folder beside it.
+        # Users know the target, not the temporary folder beside it.
         if isinstance(error, OSError) and error.strerror:
             file = error.filename
             if file is None or Path(os.fsdecode(file)).is_relative_to(partial):
@@ -141,9 +141,7 @@ def _new(target: Path) -> Iterator[Path]:
 
 
 def _graph(model: Model | Brain, origin: Origin | None, modules: nn.ModuleDict, to: str) -> Graph:
-    """Return the network of a model that other programs run.
-
-    It is that of the model's own method ``graph``, or of the function in the recipe's graph.py.
+    """Return the network to export, from the model's method ``graph`` or the recipe's graph.py.
 
     Raises:
         ValueError: there is neither.
@@ -184,12 +182,12 @@ def _write_weights(merged: nn.Module, origin: Origin | None, folder: Path) -> No
     for name, tensor in state.items():
         if isinstance(tensor, Tensor):
             kept = tensor.detach().to("cpu").contiguous()
-            # safetensors has no shared tensors: one with several names is written under each.
+            # safetensors has no shared tensors: each name gets a copy.
             weights[name] = kept.clone() if kept.data_ptr() in seen else kept
             seen.add(kept.data_ptr())
     path = folder / WEIGHTS
     save_file(weights, path, {"format": "pt", **texts})
-    os.chmod(path, folder.stat().st_mode & 0o666)  # safetensors makes it for its owner alone.
+    os.chmod(path, folder.stat().st_mode & 0o666)  # safetensors makes it private.
     for name, part in _of_transformers(merged).items():
         part.save_pretrained(folder / name)
 
@@ -205,7 +203,7 @@ def _of_transformers(modules: nn.Module) -> dict[str, Any]:
 
 
 def _write_parts(merged: nn.Module, origin: Origin, folder: Path) -> None:
-    """Write what `trainer.load` needs beside the weights: the YAML, and the files that it names."""
+    """Write what `trainer.load` needs besides the weights: the YAML and the files it names."""
     run, source = origin.run, os.path.abspath(origin.run.folder)
     run.configuration.override({"output_folder": source})
     with no_modules_from(run.folder):
@@ -214,7 +212,7 @@ def _write_parts(merged: nn.Module, origin: Origin, folder: Path) -> None:
         kept = getattr(module, "kept", None)
         if kept is not None and callable(getattr(module, "keep", None)):
             place = os.path.relpath(os.path.abspath(kept), source)
-            module.kept = folder / place  # Of a copy.
+            module.kept = folder / place  # The module is a copy.
             module.keep()
             for part in _of_transformers(module):
                 _add_files(folder / place, folder / f"{name}.{part}".strip("."))
@@ -225,7 +223,7 @@ def _write_parts(merged: nn.Module, origin: Origin, folder: Path) -> None:
 
 
 def _trim(root: MappingNode, source: str, recipes: Sequence[str]) -> list[str]:
-    """Remove from a YAML tree what only training needs, and make paths relative to the folder.
+    """Remove training-only keys from a YAML tree, and make paths relative to the folder.
 
     Args:
         root: the tree, without references; it is changed in place.
@@ -241,18 +239,18 @@ def _trim(root: MappingNode, source: str, recipes: Sequence[str]) -> list[str]:
         if training or (made in KINDS and made != "torch.nn"):
             pop(root, key)
         elif _is_path(node) and not _inside(node.value, source):
-            put(root, key, ScalarNode(reading.NULL, "null"))  # On this machine alone.
+            put(root, key, ScalarNode(reading.NULL, "null"))  # Valid only on this machine.
     put(root, "output_folder", ScalarNode(reading.STR, "."))
     if len(recipes) == 1:
         put(root, RECIPE, ScalarNode(reading.STR, recipes[0]))
-    for node in nodes(root):  # Shared values as they are, and shared objects by an alias.
+    for node in nodes(root):  # Shared values are written out, shared objects as aliases.
         replace_children(node, lambda _, each: copy.copy(each) if _is_plain(each) else each)
     needed: dict[str, None] = {}
     for node in nodes(root):
         for _, each in items(node):
             if isinstance(each, ScalarNode) and _is_path(each) and _inside(each.value, source):
                 place = os.path.relpath(each.value, source)
-                # A folder that no object is given may have anything of the training in it.
+                # A folder that no object takes may hold anything of the training.
                 if object_name(node) or os.path.isfile(each.value):
                     needed[place] = None
                 each.tag, each.value, each.style = "!ref", f"<output_folder>/{place}", None
@@ -273,7 +271,7 @@ def _inside(path: str, folder: str) -> bool:
 
 
 def _copy(run: Path, place: str, folder: Path) -> None:
-    """Copy a file or a folder of a run that its YAML names; what is there already stays."""
+    """Copy a file or folder that the run's YAML names; keep existing files."""
     source = run / place
     if not source.exists() or place.split(os.sep)[0] == CHECKPOINTS:
         return
@@ -286,7 +284,7 @@ def _copy(run: Path, place: str, folder: Path) -> None:
 
 
 def _add_files(source: Path, target: Path) -> None:
-    """Copy the files of a folder that another one lacks, such as a feature extractor."""
+    """Copy the files that the target folder lacks, such as a feature extractor."""
     for each in source.iterdir() if target.is_dir() else ():
         if each.is_file() and not (target / each.name).exists():
             shutil.copyfile(each, target / each.name)

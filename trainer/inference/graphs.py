@@ -37,7 +37,7 @@ class Port:
     Args:
         name: its name in the file.
         axes: sizes of its axes: a number for a fixed size, a name such as "batch" for any size.
-        meaning: what it holds, with its unit.
+        meaning: content, with its unit.
     """
 
     name: str
@@ -47,19 +47,19 @@ class Port:
 
 @dataclass(frozen=True)
 class Graph:
-    """Network that other programs run: what ``Model.graph`` returns.
+    """Network for other programs, as returned by ``Model.graph``.
 
     Args:
-        module: the network; it takes the inputs in their order, and returns a tensor or a tuple.
+        module: the network; takes the inputs in order, and returns a tensor or a tuple.
         inputs: its inputs; their first axis is the batch.
         outputs: its outputs.
         example: function that returns inputs on the CPU for a batch size and a length.
         lengths: two lengths that the network takes, for the check; equal ones for a fixed length.
-        about: what the network does, in a sentence.
-        settings: further facts for its user as JSON, such as the sample rate and the mels.
-        after: lines of Python that use the outputs by their names, for the example.
-        reference: function whose outputs the file must reproduce; None for ``module``. Give it
-            where ``module`` is a rewrite of a network that cannot be exported itself.
+        about: description of the network, one sentence.
+        settings: further facts for users as JSON, such as the sample rate and the mels.
+        after: lines of Python for the example, which use the outputs by their names.
+        reference: function whose outputs the file must reproduce; None for ``module``. For a
+            ``module`` that is a rewrite of a network that cannot be exported itself.
     """
 
     module: nn.Module
@@ -74,7 +74,7 @@ class Graph:
 
 
 def write_graph(graph: Graph, to: str, folder: Path) -> dict[str, Any]:
-    """Write a network to a file, and check what the file computes.
+    """Write a network to a file, and check the outputs of the file.
 
     Args:
         graph: the network.
@@ -86,7 +86,7 @@ def write_graph(graph: Graph, to: str, folder: Path) -> dict[str, Any]:
 
     Raises:
         ImportError: a package of the extra ``export`` is missing.
-        ValueError: the network cannot be exported, or the file computes something else.
+        ValueError: the network cannot be exported, or the file computes other outputs.
     """
     if to == "onnx":
         _import_onnx()
@@ -116,7 +116,7 @@ def write_graph(graph: Graph, to: str, folder: Path) -> dict[str, Any]:
                     external_data=False,
                 )
                 run = _session(path, graph)
-    except Exception as error:  # Of any of the libraries.
+    except Exception as error:  # Raised by any of the libraries.
         raise ValueError(f"the network cannot be exported to {to}: {cause(error)}") from error
     sizes = list(dict.fromkeys(itertools.product(BATCHES, graph.lengths)))
     reference = graph.reference or module
@@ -140,7 +140,7 @@ def write_graph(graph: Graph, to: str, folder: Path) -> dict[str, Any]:
 
 
 def plain_network(module: nn.Module) -> nn.Module:
-    """Return a copy of a network for use: fp32, on the CPU, without weight or spectral norms.
+    """Return a copy of a network in fp32, on the CPU, without weight or spectral norms.
 
     It computes the same as the network in evaluation mode.
     """
@@ -155,7 +155,7 @@ def plain_network(module: nn.Module) -> nn.Module:
             part.__class__ = kind
             for name, value in values.items():
                 part.register_parameter(name, nn.Parameter(value))
-        for remove in (remove_weight_norm, remove_spectral_norm):  # Those of older networks.
+        for remove in (remove_weight_norm, remove_spectral_norm):  # Norms of older networks.
             with suppress(ValueError):
                 remove(part)
     return plain.requires_grad_(False)
@@ -221,7 +221,7 @@ def _session(path: Path, graph: Graph) -> Callable[..., Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Context manager in which the exporters neither print nor warn: the result is checked."""
+    """Context manager in which exporters neither print nor warn, since the result is checked."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,9 +1,9 @@
-"""Weights that a new run starts from: another run, files of weights, or a model on the hub.
+"""Initial weights of a new run: from another run, files of weights, or a model on the hub.
 
     init_from: results/pretraining/1234   # or model.safetensors, state.pt, a folder, a name
     init_map: {"encoder.*": "wav2vec2.encoder.*", "head.*": null}
 
-Only tensors are read. A file or folder of this name wins over the hub.
+Only tensors are read. A file or folder takes precedence over a name on the hub.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ INDEX = "model.safetensors.index.json"
 ENDING = ".safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-# Keys under which files hold a state_dict, and prefixes that wrappers of a model add to names.
+# Keys of a state_dict in files, and prefixes that wrappers of a model add to names.
 HOLDERS = ("state_dict", "model_state_dict", "model", "modules", "module", "weights")
 WRAPPERS = ("module.", "_orig_mod.")
 
@@ -50,15 +50,15 @@ Weights = dict[str, Any]
 def initialise(
     modules: nn.Module, source: str, names: Mapping[str, str | None] | None = None
 ) -> None:
-    """Load weights into modules, and report what was taken, what is new and what was left.
+    """Load weights into modules, and report the tensors taken, new and left.
 
     Args:
         modules: modules of a Brain; names are those of `plain_name`.
         source: a run folder, a file (.safetensors, or a state_dict of torch.save), a folder with
             weights in safetensors, or a name on the hub.
         names: names in the source by patterns of the modules' names, with as many ``*``, each of
-            which stands for any text. None as a name leaves what matches as it is. The first
-            pattern that matches a name counts; names without one are the same in the source.
+            which stands for any text. None leaves matching weights as they are. The first pattern
+            that matches counts; names without one are the same in the source.
 
     Raises:
         ValueError: the source cannot be read, none of its names fits, or a shape or type differs.
@@ -66,7 +66,7 @@ def initialise(
     found = distributed.run_on_all(read_weights, source)
     base = found.pop(BASE, None)
     given: Weights = {}
-    # Originals first: a trained copy has the same plain name, and replaces its original.
+    # Originals first: a trained copy with the same plain name replaces its original.
     for name in sorted(found, key=is_replaced, reverse=True):
         given[plain_name(name)] = found[name]
     own = modules.state_dict()
@@ -115,7 +115,7 @@ def initialise(
 def _targets(
     own: Sequence[str], given: Weights, names: Mapping[str, str | None], source: str
 ) -> dict[str, str | None]:
-    """Return the name in the source of each name of the model; None for what stays new.
+    """Return the source name of each name of the model; None for weights that stay new.
 
     Raises:
         ValueError: a pattern matches nothing in the model or in the source, or has another number
@@ -157,7 +157,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _suggestion(modules: nn.Module, given: Weights) -> str:
-    """Return the end of a message: an init_map by which names would fit, or nothing."""
+    """Return the end of a message: an init_map that would make names fit, or an empty text."""
     for name, module in modules.named_children():
         for own in module.state_dict():
             for each in given:
@@ -176,7 +176,7 @@ def read_weights(source: str) -> Weights:
     """Return tensors by name, on the CPU, from a run, a file, a folder or the hub.
 
     Raises:
-        ValueError: there is no such source, or it holds something else than weights.
+        ValueError: there is no such source, or it does not hold weights.
     """
     path = Path(os.path.expanduser(source))
     if (path / HYPERPARAMS).is_file() and not is_export(path):
@@ -199,7 +199,7 @@ def read_export(folder: Path) -> Weights:
     """Return the weights of an export, and the states of modules that save themselves.
 
     Raises:
-        ValueError: the file is a link to outside of the folder, or is no file of safetensors.
+        ValueError: the file is a link that leads out of the folder, or no file of safetensors.
     """
     path = confined(folder, folder / WEIGHTS)
     found = _of_safetensors(path, "")
@@ -211,13 +211,13 @@ def read_export(folder: Path) -> Weights:
 
 
 def _of_run(folder: Path) -> Weights:
-    """Return the weights that a run is tested with: of its best checkpoint, or the newest."""
+    """Return the weights to test a run with: of its best checkpoint, or the newest."""
     from trainer.evaluation import load_weights
     from trainer.inference.loading import OF_THE_MODEL, open_run
 
     with open_run(folder) as opened:
         kind: type[Brain] | None = None
-        with suppress(ValueError, ImportError):  # It is of no recipe that is installed.
+        with suppress(ValueError, ImportError):  # Its recipe may not be installed.
             kind = opened.brain_class()
         best = {} if kind is None else opened.best_checkpoint(kind)
         options = opened.options(*OF_THE_MODEL)
@@ -240,7 +240,7 @@ def _of_folder(folder: Path) -> Weights:
     pickled = sorted(each.name for each in folder.iterdir() if each.suffix in PICKLED)
     if pickled:
         raise ValueError(
-            f"init_from {folder}: its weights are pickled alone ({_some(pickled)}), which may run "
+            f"init_from {folder}: it has only pickled weights ({_some(pickled)}), which may run "
             "code; allowed: safetensors"
         )
     raise ValueError(
@@ -255,13 +255,13 @@ def _of_file(path: Path) -> Weights:
     if path.suffix == ENDING:
         return _of_safetensors(path)
     try:
-        with warnings.catch_warnings(action="ignore"):  # Of formats that are refused anyway.
+        with warnings.catch_warnings(action="ignore"):  # About formats that are refused anyway.
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # Whatever an unpickler meets in other bytes.
+    except Exception as error:  # An unpickler may raise anything on other bytes.
         if type(error).__name__ == "UnpicklingError":
             raise ValueError(
-                f"init_from {path}: it holds pickled objects, which may run code, and not tensors "
-                "alone; allowed: safetensors, or a state_dict that torch.save has written"
+                f"init_from {path}: it holds pickled objects, which may run code, and not only "
+                "tensors; allowed: safetensors, or a state_dict that torch.save has written"
             ) from error
         raise ValueError(
             f"init_from {path}: it cannot be read as weights ({first_line(error)})"
@@ -320,7 +320,7 @@ def _of_hub(name: str) -> Weights:
         ) from error
     try:
         folder = snapshot_download(name, allow_patterns=["model*.safetensors", INDEX])
-    except Exception as error:  # Of any library that it uses to connect.
+    except Exception as error:  # Raised by any library that it uses to connect.
         raise ValueError(
             f"init_from {name}: there is no file or folder of this name, and the hub does not give "
             f"it ({printable(' '.join(str(error).split())[:200])})"

@@ -3,8 +3,8 @@
     model = trainer.load("results/kws/demo/1234")
     model.transcribe("x.wav")
 
-What is found in a run folder is data: it builds only what installed recipes list for it (see
-`trainer.config.run_folder`), reads no file outside of the folder, and changes none.
+A run folder is treated as data: it builds only what installed recipes list for it (see
+`trainer.config.run_folder`), reads no file outside the folder, and changes none.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
 RECIPE = "recipe"  # Key of an exported YAML: package of the recipe.
 
-# Run options that are taken from a run folder to use its model, and also to replay its steps.
+# Run options read from a run folder to use its model, and to replay its steps.
 OF_THE_MODEL = ("seed", "precision", "eval_precision", "ema_decay", "average_checkpoints")
 OF_THE_TRAINING = (
     "grad_accumulation_factor", "schedule_every", "max_grad_norm", "clip", "nonfinite_patience",
@@ -77,9 +77,9 @@ class OpenRun:
 
     Attributes:
         folder: the run folder.
-        configuration: its YAML, which is not built yet.
-        checkpointer: its checkpoints; to be read only.
-        named: texts among the overrides, which may name sources outside of the folder to read.
+        configuration: its YAML, not built yet.
+        checkpointer: its checkpoints, to be read only.
+        named: texts among the overrides, which may name sources outside the folder.
     """
 
     folder: Path
@@ -91,8 +91,8 @@ class OpenRun:
         """Set keys of the YAML.
 
         Args:
-            values: new values by key. They come from the caller, and may thus name files outside
-                of the folder.
+            values: new values by key. They come from the caller, and so may name files outside the
+                folder.
         """
         self.named |= _texts(values)
         self.configuration.override(values)
@@ -101,8 +101,8 @@ class OpenRun:
         """Return run options for a model or Brain that records nothing.
 
         Args:
-            names: options that are taken from the run; others have their defaults.
-            given: further options by name; they win.
+            names: options to take from the run; others have their defaults.
+            given: further options by name, which take precedence.
         """
         of_run = self.configuration.options()
         chosen = {name: value for name, value in of_run.items() if name in names}
@@ -117,7 +117,7 @@ class OpenRun:
         """Build the hyperparameters.
 
         Args:
-            modules: networks by name, in place of those of the YAML.
+            modules: networks by name, instead of those of the YAML.
             uses: names of the modules to build; empty for all.
 
         Returns:
@@ -144,11 +144,11 @@ class OpenRun:
                     f"{', '.join(map(str, built)) or 'none'}"
                 )
             hparams["modules"] = {name: built[name] for name in uses}
-        hparams["output_folder"] = None  # What evaluates a loaded model writes nothing.
+        hparams["output_folder"] = None  # Evaluating a loaded model writes nothing.
         return hparams
 
     def _leave_out(self, uses: Collection[str]) -> None:
-        """Set modules with other names to None: a discriminator may be larger than all the rest."""
+        """Set other modules to None: a discriminator may be larger than all the rest."""
         for name, node in items(get(self.configuration.root, "modules") or MappingNode("", [])):
             if name not in uses:
                 key = re.fullmatch("<([^<>.]+)>", str(node.value)) if tag(node) == "!ref" else None
@@ -159,7 +159,7 @@ class OpenRun:
 
     @contextmanager
     def limited(self) -> Iterator[None]:
-        """Context manager to build in: memory is limited in proportion to the folder.
+        """Context manager for building, with memory limited in proportion to the folder.
 
         Modules that the objects need are imported before, since imports may take any memory.
         """
@@ -178,9 +178,8 @@ class OpenRun:
     def recipes(self) -> list[str]:
         """Return the packages of the installed recipes whose objects the YAML builds.
 
-        A recipe of which only objects for the training are used counts only where there is no
-        other; where some of them map such objects to Brains, only those count. An exported YAML
-        names the package.
+        A recipe that gives only objects for training counts only if there is no other; if some such
+        recipes map these objects to Brains, only those count. An exported YAML names the package.
         """
         named = get(self.configuration.root, RECIPE)
         if named is not None and named.value in recipe_packages():
@@ -210,7 +209,7 @@ class OpenRun:
     def best_checkpoint(self, kind: type[Brain] | type[Model]) -> Mapping[str, str | None]:
         """Return the attribute ``best_checkpoint`` of a class, before it is built.
 
-        A property is asked with the plain values of the YAML as hyperparameters.
+        A property gets the plain values of the YAML as hyperparameters.
 
         Raises:
             ValueError: the property needs more than plain values.
@@ -222,7 +221,7 @@ class OpenRun:
         own = kind.__new__(kind)
         own.hparams = SimpleNamespace()
         for key, node in self.configuration.root.value:
-            with suppress(ValueError):  # It is an object.
+            with suppress(ValueError):  # Objects are left out.
                 setattr(own.hparams, str(key.value), plain(node))
         try:
             return dict(own.best_checkpoint)  # type: ignore[union-attr]
@@ -274,12 +273,12 @@ _origins: WeakKeyDictionary[Model | Brain, Origin] = WeakKeyDictionary()
 
 
 def origin_of(model: Model | Brain) -> Origin | None:
-    """Return what `load` made a model from; None for one that was made otherwise."""
+    """Return the source of a model that `load` made; None for any other."""
     return _origins.get(model)
 
 
 def _recipes_of(names: Collection[str]) -> dict[str, Any]:
-    """Return ``BRAIN`` of the installed recipes, by package, of which objects are named."""
+    """Return ``BRAIN`` by package, of installed recipes with objects among ``names``."""
     return {
         package: brain
         for package in recipe_packages()
@@ -300,8 +299,8 @@ def recipe_class(package: str, attribute: str, names: Collection[str]) -> Any:
 
     Args:
         package: a recipe.
-        attribute: ``BRAIN`` or ``MODEL`` of the package. It may be a mapping: by the object that a
-            YAML of it builds.
+        attribute: ``BRAIN`` or ``MODEL`` of the package: a class, or a mapping from objects that a
+            YAML builds to classes.
         names: objects that the YAML builds.
 
     Raises:
@@ -328,7 +327,7 @@ def open_run(
     overrides: Mapping[str, Any] | None = None,
     allow: Sequence[str] = (),
 ) -> Iterator[OpenRun]:
-    """Context manager in which a run folder may be read, and objects built from it.
+    """Context manager for reading a run folder and building objects from it.
 
     Within it no module is imported from the folder.
 
@@ -339,9 +338,9 @@ def open_run(
             those of installed recipes.
 
     Raises:
-        ValueError: the folder is no run folder or cannot be used, or an object that is built from
-            it raises any other error.
-        ImportError: a package is missing that a recipe needs.
+        ValueError: the folder is no run folder or cannot be used, or building an object raised
+            another error.
+        ImportError: a package that a recipe needs is missing.
     """
     folder = Path(os.path.expanduser(run))
     if not (folder / HYPERPARAMS).is_file():
@@ -408,37 +407,37 @@ def load(
     max_key: str | None = None,
     min_key: str | None = None,
 ) -> Model | Brain:
-    """Load a trained model from its run folder, wherever that lies now and came from.
+    """Load a trained model from its run folder, which may have been moved or come from elsewhere.
 
-    Nothing in the folder is run, and nothing is written. The model has the weights that the recipe
-    tests, and is in evaluation mode. Neither the training loop nor the recipe's data are imported,
-    unless ``brain`` is given.
+    No code in the folder is run, and nothing is written. The model has the weights that the recipe
+    tests, in evaluation mode. The training loop and the recipe's data are imported only if
+    ``brain`` is given.
 
     Args:
         run: the run folder: its hyperparams.yaml and its checkpoints; or a folder that
             `trainer.export` wrote.
         device: auto, cpu, cuda, cuda:1 …
         model: class of the model; None for that of the installed recipe.
-        brain: make an object of this class instead, such as to `evaluate` it on a test set. It has
+        brain: class of a Brain to make instead, for example to `evaluate` it on a test set. It has
             no checkpointer, and records nothing.
         modules: networks by name, for a run whose YAML builds none, as by `trainer.launch`.
-        overrides: new values of keys of the run's YAML. Where checkpoints have no frozen weights,
-            and these came from ``init_from`` or a ``source``, give that key here: nothing else is
-            read from outside of the folder.
-        allow: packages, modules or objects by dotted name that the YAML may build, in addition to
-            what installed recipes list: those of your own program.
+        overrides: new values of keys of the run's YAML. If checkpoints leave out frozen weights
+            that came from ``init_from`` or a ``source``, give that key here: nothing else is read
+            from outside the folder.
+        allow: dotted names of packages, modules or objects that the YAML may build, in addition to
+            those listed by installed recipes, such as those of your program.
         max_key: metric to choose the best checkpoint by; larger is better.
         min_key: metric to choose the best checkpoint by; smaller is better. Without either, the
-            attribute ``best_checkpoint`` of the class decides, such as ``{"min_key": "wer"}``;
-            without one, the newest checkpoint is taken.
+            attribute ``best_checkpoint`` of the class decides, such as ``{"min_key": "wer"}``, else
+            the newest checkpoint is loaded.
 
     Returns:
         A `Model`, or a Brain of the class ``brain``.
 
     Raises:
-        ValueError: the folder is no run folder, is one of another recipe than the class, builds
-            what is not allowed, or has no sound checkpoint.
-        ImportError: a package is missing that the recipe needs.
+        ValueError: the folder is no run folder, belongs to another recipe than the class, builds an
+            object that is not allowed, or has no sound checkpoint.
+        ImportError: a package that the recipe needs is missing.
 
     Example::
 
@@ -455,7 +454,7 @@ def load(
             raise ValueError(f"brain is {brain!r}; allowed: a subclass of trainer.Brain")
     device = str(device)
     place = pick_device(device)
-    if place.type == "cuda":  # CUDA takes memory that no file accounts for.
+    if place.type == "cuda":  # CUDA takes memory beyond that for files.
         torch.zeros(1, device=place)
     with rng_kept_alone(), open_run(run, overrides, allow) as opened:
         if (max_key or min_key) and is_export(opened.folder):
@@ -465,7 +464,7 @@ def load(
         options = opened.options(*OF_THE_MODEL, device=device)
         uses = getattr(kind, "uses", ())
         with opened.limited():
-            seed_everything(options.seed)  # Frozen weights may be random, and not saved.
+            seed_everything(options.seed)  # Frozen weights may be random and not saved.
             hparams = opened.build(modules, uses)
             made = (
                 kind(hparams["modules"], hparams, options)
@@ -497,7 +496,7 @@ def put_weights(
     prefix: str = "",
     uses: Collection[str] = (),
 ) -> None:
-    """Give modules the weights of the best checkpoint of a run, or of the mean of several.
+    """Load into modules the weights of the best checkpoint of a run, or the mean of several.
 
     Args:
         modules: modules of the run.
@@ -506,7 +505,7 @@ def put_weights(
         max_key: metric to choose the best checkpoint by; larger is better.
         min_key: metric to choose the best checkpoint by; smaller is better.
         prefix: name of the modules among those of the run, such as "generator.".
-        uses: names of the modules of the run to give weights to; empty for all.
+        uses: names of the modules to load; empty for all.
 
     Raises:
         ValueError: there is no sound checkpoint, or it does not fit the modules.

@@ -1,4 +1,4 @@
-"""Base class of trained models, which imports no training loop.
+"""Base class of trained models; imports no training loop.
 
 class Spotter(trainer.Model):
     best_checkpoint = {"max_key": "acc"}
@@ -26,29 +26,29 @@ from trainer.options import RunOptions
 
 logger = logging.getLogger("trainer")
 
-# Methods that recipes' models may have, one for each task.
+# Methods of recipes' models, one for each task.
 TASKS = ("transcribe", "enhance", "separate", "vocode", "synthesise", "classify", "embed")
 
 
 class Model:
     """Trained model: networks in evaluation mode, and the methods of its task.
 
-    `trainer.load` makes one from a run folder. Recipes subclass it, and name the class of their
-    runs in ``MODEL`` of their package.
+    `trainer.load` makes one from a run folder. Recipes subclass it, and name their class in
+    ``MODEL`` of their package.
 
     Args:
         modules: networks by name; their weights are loaded after the constructor.
-        hparams: values and objects of the run's YAML, without those that only training needs.
+        hparams: values and objects of the run's YAML, without those only for training.
         options: device and precision.
 
     Attributes:
         modules: the networks, an ``nn.ModuleDict`` on ``device``.
         hparams: the hyperparameters, a namespace.
-        device: where the networks are.
-        folder: the run folder; None of a model that `trainer.load` did not make.
-        uses: of the class: names of the modules that are built and loaded, such as
-            ``("generator",)``; empty for all.
-        units: of the class: units of metrics by name for the model card, such as
+        device: device of the networks.
+        folder: the run folder; None for a model that `trainer.load` did not make.
+        uses: class attribute: names of the modules to build and load, such as ``("generator",)``;
+            empty for all.
+        units: class attribute: units of metrics by name for the model card, such as
             ``{"wer": "%"}``; metrics without a unit are left out.
 
     Raises:
@@ -75,14 +75,14 @@ class Model:
 
     @property
     def best_checkpoint(self) -> Mapping[str, str | None]:
-        """Metric that chooses the checkpoint, such as ``{"min_key": "wer"}``; none: the newest one.
+        """Metric that chooses the checkpoint, such as ``{"min_key": "wer"}``; empty for the newest.
 
-        Subclasses have a property or, simpler, an attribute of the class.
+        Subclasses override it by a property or a class attribute.
         """
         return {}
 
     def prepare(self) -> None:
-        """Make what depends on the weights: a hook, called once the networks have them."""
+        """Compute objects that depend on the weights; called once these are loaded."""
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return torch's autocast context manager for the evaluation precision of the run."""

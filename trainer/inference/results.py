@@ -1,4 +1,4 @@
-"""Results of trained models: what `trainer.inference.Model`'s methods return."""
+"""Results of the methods of `trainer.inference.Model`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch.nn.functional import cosine_similarity
 
 @dataclass(frozen=True)
 class Word:
-    """A word that was recognised.
+    """A recognised word.
 
     Attributes:
         text: the word.
-        start: where it begins, in seconds from the start of the sound.
-        end: where it ends, in seconds.
-        score: mean probability of its tokens, from 0 to 1; None where the model gives none.
+        start: time of its start, in seconds from the start of the sound.
+        end: time of its end, in seconds.
+        score: mean probability of its tokens, from 0 to 1; None if the model gives none.
     """
 
     text: str
@@ -36,9 +36,9 @@ class Transcript:
     """Result of ``transcribe``; ``str()`` of it is ``text``.
 
     Attributes:
-        text: all that was recognised.
-        words: its words with their times; empty where the model gives no times.
-        score: mean probability of the tokens, from 0 to 1; None where the model gives none.
+        text: the recognised text.
+        words: its words with their times; empty if the model gives no times.
+        score: mean probability of the tokens, from 0 to 1; None if the model gives none.
     """
 
     text: str
@@ -54,7 +54,7 @@ class Sound:
     """Samples with their rate: result of ``enhance``, ``separate`` and ``vocode``, and an input.
 
     Attributes:
-        samples: float32 samples (C, T) on the CPU, within -1 and 1 where they are to be written.
+        samples: float32 samples (C, T) on the CPU, within -1 and 1 for `save`.
         rate: sample rate in Hz.
     """
 
@@ -67,9 +67,9 @@ class Sound:
         return self.samples.shape[-1] / self.rate
 
     def save(self, path: str | Path) -> Path:
-        """Write the sound to a file of the format that its suffix names, such as ``x.flac``.
+        """Write the sound to a file in the format of its suffix, such as ``x.flac``.
 
-        The file appears whole or not at all, and replaces one that was there.
+        The file is written atomically, and replaces an existing one.
 
         Args:
             path: the file.
@@ -104,7 +104,7 @@ class Sound:
             )
         part = target.with_name(f".{token_hex(8)}.part")
         try:
-            part.touch()  # Errors of the system say more than those of soundfile.
+            part.touch()  # Errors of the system are clearer than those of soundfile.
             soundfile.write(part, samples.mT.numpy(), self.rate, format=kind)
             os.replace(part, target)
         except (OSError, soundfile.LibsndfileError) as error:
@@ -123,7 +123,7 @@ class Speech(Sound):
     Attributes:
         samples: float32 samples (1, T) on the CPU, within -1 and 1.
         rate: sample rate in Hz.
-        text: the text that was spoken, as the model reads it.
+        text: the spoken text, as the model reads it.
         mel: log-mel spectrogram of M mels and F frames (M, F).
         mel_config: its settings, which must be those of the vocoder.
         alignment: attention of each frame to the N symbols of the text (F, N).

@@ -1,9 +1,8 @@
-"""Loggers: write the numbers, pictures and sounds of a run.
+"""Loggers, which write the numbers, pictures and sounds of a run.
 
-`LoggerCallback` drives the loggers of a run: `JsonlLogger`, which every run has, and those that the
-run option `logger` chooses. A logger of your own derives from `Logger`; see docs/loggers.md.
-Recipes record through `loggers_of`. `ProgressBar` shows the progress of a stage, and `TextLog`
-writes `train.log`.
+`LoggerCallback` drives the loggers of a run: `JsonlLogger`, which every run has, and those of the
+run option `logger`. A logger of your own derives from `Logger`; see docs/loggers.md. Recipes record
+through `loggers_of`. `ProgressBar` shows the progress of a stage, and `TextLog` writes `train.log`.
 """
 
 from trainer.loggers.callback import LoggerCallback, loggers_of
@@ -16,16 +15,6 @@ from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.loggers.wandb import WandbLogger
 
 __all__ = [
-    "CsvLogger",
-    "JsonlLogger",
-    "Logger",
-    "LoggerCallback",
-    "MlflowLogger",
-    "ProgressBar",
-    "RunInfo",
-    "SampleLogger",
-    "TensorBoardLogger",
-    "TextLog",
-    "WandbLogger",
-    "loggers_of",
-]
+    "CsvLogger", "JsonlLogger", "Logger", "LoggerCallback", "MlflowLogger", "ProgressBar",
+    "RunInfo", "SampleLogger", "TensorBoardLogger", "TextLog", "WandbLogger", "loggers_of",
+]  # fmt: skip

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("trainer")
 
-# Rows of samples whose cells are given to every logger one by one; services keep them for ever.
+# Rows of samples whose cells every logger gets one by one; services keep them for ever.
 MAX_LOGGED_ROWS = 4
-FOLDER = "loggers"  # Folder in the run folder with the progress of its loggers.
+FOLDER = "loggers"  # Folder in the run folder for the progress of loggers.
 
 
 @dataclass(eq=False)
@@ -45,38 +45,38 @@ class _Slot:
     name: str = ""  # of the files of a chosen logger
     logger: Logger | None = None  # None while it is closed.
     marks: StepMarks | None = None  # of a chosen logger that is open
-    held: Places = field(default_factory=Places)  # Records that it has already when a run resumes.
+    held: Places = field(default_factory=Places)  # Records that it already has when a run resumes.
 
     def end(self) -> None:
-        """Forget the logger, which is closed or has failed."""
+        """Drop a logger that is closed or has failed."""
         if self.marks is not None:
             self.marks.close()
         self.logger = self.marks = None
 
 
 class LoggerCallback(Callback):
-    """Pass what a run reports to its loggers, on rank 0.
+    """Pass the records of a run to its loggers, on rank 0.
 
-    Loggers are opened when `fit` or `evaluate` begins, or something is recorded, and closed when
-    the outermost of these calls ends. They write into the run folder; without one, under
-    ``--debug``, in a replay and in a search for settings nothing is recorded.
+    Loggers are opened by the first `fit`, `evaluate` or record, and closed when the outermost call
+    ends. They write into the run folder; without one, under ``--debug``, in a replay and in a
+    search for settings nothing is recorded.
 
     A logger that raises is named in one warning and not used again; the run goes on. Other
-    callbacks record through this one: it has the methods of a `Logger`, and calls them on each.
-    A callback that records within its `state_dict` must stand before this one, whose state is the
+    callbacks record through this one, which has the methods of a `Logger` and calls them on each. A
+    callback that records within its `state_dict` must come before this one, whose state is the
     number of records.
 
     Args:
-        options: run options, of which ``output_folder``, ``debug``, ``replay``, ``run_name`` and
-            the searches count.
-        factories: classes or functions that make the loggers of every run, given the run folder.
-        chosen: likewise, of the loggers that the user has chosen. Their progress is noted in the
-            run folder, so that a resumed run gives them each step once. When a call ends they are
-            given the hyperparameters, the report and the best checkpoint.
+        options: run options; uses ``output_folder``, ``debug``, ``replay``, ``run_name`` and the
+            searches.
+        factories: classes or functions that make the loggers of every run from the run folder.
+        chosen: the same for the loggers that the user has chosen. Their progress is saved in the
+            run folder, so that a resumed run gives them each step once. When a call ends they get
+            the hyperparameters, the report and the best checkpoint.
         hparams: hyperparameters by name, for the loggers that record them.
     """
 
-    _complete: ClassVar[set[Path]] = set()  # Run folders of calls of this process that ended well.
+    _complete: ClassVar[set[Path]] = set()  # Run folders of calls in this process that succeeded.
 
     def __init__(
         self,
@@ -92,12 +92,12 @@ class LoggerCallback(Callback):
         self._has_chosen = bool(own)
         if own and not options.output_folder and distributed.is_main():
             logger.warning("logger has no effect: there is no run folder; give an output_folder")
-        self._kinds: list[str] = []  # Classes of the chosen loggers that were opened.
+        self._kinds: list[str] = []  # Classes of the opened chosen loggers.
         self._places = Places()  # Records of this run.
         self._saved: Mapping[str, Any] = {}  # State at the checkpoint.
-        self._sent: dict[str, Any] = {}  # Path and time of the files that chosen loggers have.
+        self._sent: dict[str, Any] = {}  # Paths and times of files sent to chosen loggers.
         self._depth = 0  # Number of nested calls: a hook of a `fit` may call `fit` or `evaluate`.
-        # Exception that a program was handling already when it called `fit`: no error of this run.
+        # Exception that was being handled when `fit` was called: no error of this run.
         self._handled: BaseException | None = None
 
     # ------------------------------------------------------------------------------------- events
@@ -106,7 +106,7 @@ class LoggerCallback(Callback):
         """Open the loggers.
 
         Raises:
-            ValueError: if a logger cannot work as it was asked to, such as for a missing package.
+            ValueError: if a logger cannot be set up, for example without its package.
         """
         if not self._depth:
             self._handled = sys.exception()
@@ -131,11 +131,11 @@ class LoggerCallback(Callback):
     on_evaluate_end = on_fit_end
 
     def on_exception(self, brain: Brain, error: BaseException) -> None:
-        """Close the loggers, also those of a call that failed while it began."""
+        """Close the loggers, also after a failure at the start of a call."""
         self.close()
 
     def on_resume(self, brain: Brain) -> None:
-        """Remove what was recorded after the checkpoint, since it will come again."""
+        """Remove the records after the checkpoint, since they will come again."""
         self._places = Places(self._saved.get("places"))
         self._resume(brain.progress.optimizer_step, self._saved.get("jsonl_lines"))
 
@@ -146,10 +146,10 @@ class LoggerCallback(Callback):
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:
         """Record a finished stage, and log it in one line.
 
-        In a program that has not set up logging the line is printed, if the progress bar is wanted.
+        In a program without logging the line is printed, if the progress bar is shown.
 
         Raises:
-            ValueError: if a metric has a name that every record uses.
+            ValueError: if a metric has a reserved name.
         """
         self.scalars("stage", report.record(), report.step)
         if distributed.is_main():
@@ -157,7 +157,7 @@ class LoggerCallback(Callback):
             announce(describe(report, rates), self._options.progressbar)
 
     def on_samples(self, brain: Brain, samples: Samples) -> None:
-        """Record what a recipe shows."""
+        """Record samples that a recipe shows."""
         if self._opened():
             self.samples(samples)
 
@@ -165,7 +165,7 @@ class LoggerCallback(Callback):
 
     @property
     def wants_histograms(self) -> bool:
-        """True if a logger records histograms, so that values are worth sampling."""
+        """True if a logger records histograms."""
         return any(_overrides(slot.logger, "histogram") for slot in self._opened())
 
     def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
@@ -189,7 +189,7 @@ class LoggerCallback(Callback):
         self._record(f"text/{name}", step, "text", _utf8(name), _utf8(text), step)
 
     def samples(self, samples: Samples) -> None:
-        """Record rows of cells, and each sound, picture and text of the first rows by itself."""
+        """Record rows of cells, and separately each sound, picture and text of the first rows."""
         self._record(f"samples/{samples.title}", samples.step, "samples", samples)
         for number, row in enumerate(samples.rows[:MAX_LOGGED_ROWS]):
             for column, cell in row.items():
@@ -211,18 +211,18 @@ class LoggerCallback(Callback):
             self._call(slot, "artifact", name, path)
 
     def close(self) -> None:
-        """Close the loggers; what is recorded later opens them again."""
+        """Close the loggers; a later record opens them again."""
         for slot in list(self._slots):
             self._close(slot)
         self._depth = 0
 
     def _send_files(self, brain: Brain) -> None:
-        """Give the chosen loggers the files of the run that they do not have yet."""
+        """Send new files of the run to the chosen loggers."""
         using = [slot for slot in self._slots if slot.chosen and slot.logger is not None]
         if not using or self.folder is None:
             return
         for slot in [each for each in self._slots if not each.chosen]:
-            self._close(slot)  # The report is written.
+            self._close(slot)  # Writes the report.
         files = {name: self.folder / name for name in (HYPERPARAMS, "report.html")}
         best = best_checkpoint(brain.checkpointer)
         files |= {"checkpoint": best} if best else {}
@@ -237,10 +237,9 @@ class LoggerCallback(Callback):
     # ----------------------------------------------------------------------------------- resuming
 
     def _follows_a_killed_start(self, brain: Brain) -> bool:
-        """Return True if the records are of a start that was killed before its first checkpoint.
+        """Return True if the records come from a start that was killed before its first checkpoint.
 
-        Records of another Brain of the same folder, which has a checkpoint there or ended well, are
-        to be kept.
+        Records of another Brain with this folder, which has a checkpoint or succeeded, are kept.
         """
         folder = self.folder
         if folder is None or brain.checkpointer is None or self._places.last:
@@ -248,9 +247,9 @@ class LoggerCallback(Callback):
         return folder.absolute() not in self._complete and not manifests(folder)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of records in `metrics.jsonl`, None where there is no such file.
+        """Return the number of records in `metrics.jsonl`, or None without that file.
 
-        With chosen loggers it has the numbers of records of the last step, by series.
+        With chosen loggers, also the numbers of records at the last step, by series.
         """
         files = (slot.logger for slot in self._opened())
         lines = next((each.lines for each in files if isinstance(each, JsonlLogger)), None)
@@ -264,7 +263,7 @@ class LoggerCallback(Callback):
     def _resume(self, step: int, lines: int | None) -> None:
         """Remove the records of later steps from every logger, or skip them when they come again.
 
-        At the checkpoint `metrics.jsonl` had as many lines; None where unknown.
+        ``lines`` is the number of lines of `metrics.jsonl` at the checkpoint; None if unknown.
         """
         numbers: Path | None = None
         for slot in self._opened():
@@ -287,7 +286,7 @@ class LoggerCallback(Callback):
     # ------------------------------------------------------------------------------------ loggers
 
     def _opened(self) -> list[_Slot]:
-        """Return the loggers in use, opening those that are not open yet."""
+        """Open the loggers that are not open yet, and return all in use."""
         if self.folder is None or not distributed.is_main():
             return []
         for slot in list(self._slots):
@@ -299,7 +298,7 @@ class LoggerCallback(Callback):
         return list(self._slots)
 
     def _open(self, slot: _Slot, made: Logger, folder: Path) -> None:
-        """Open a chosen logger, with its own files in the run folder."""
+        """Open a chosen logger with its own files in the run folder."""
         if not slot.name:
             kind = type(made).__name__
             self._kinds.append(kind)
@@ -318,7 +317,7 @@ class LoggerCallback(Callback):
         slot.end()
 
     def _record(self, name: str, step: int, method: str, *arguments: Any) -> None:
-        """Call a method of every logger that has it and lacks this record."""
+        """Call a method of every logger that overrides it and lacks this record."""
         place = self._places.add(name, step)
         for slot in self._opened():
             if _overrides(slot.logger, method) and not slot.held.has(name, place):
@@ -337,7 +336,7 @@ class LoggerCallback(Callback):
         """Context manager that stops using a logger that fails, and warns.
 
         Raises:
-            ValueError: while the logger is made; a wrong setting ends the run at its start.
+            ValueError: when the logger is made: a wrong setting ends the run at its start.
         """
         try:
             yield
@@ -355,12 +354,12 @@ class LoggerCallback(Callback):
 
 
 def _overrides(each: Logger | None, method: str) -> bool:
-    """Return True if a logger has a method of its own, so that calling it does something."""
+    """Return True if a logger overrides a method."""
     return getattr(type(each), method) is not getattr(Logger, method)
 
 
 def _utf8(text: str) -> str:
-    """Return a text with escapes for what UTF-8 cannot hold, such as file names in Latin-1."""
+    """Return a text with escapes for characters that UTF-8 lacks, as in Latin-1 file names."""
     return text.encode(errors="backslashreplace").decode()
 
 
@@ -369,7 +368,7 @@ def loggers_of(brain: Brain) -> LoggerCallback | Logger:
 
         loggers_of(brain).figure("attention", png, brain.progress.optimizer_step)
 
-    A recipe may call it on rank 0 or on all ranks: only rank 0 records. Without a run folder
+    Recipes may call it on rank 0 or on all ranks; only rank 0 records. Without a run folder
     nothing is recorded.
 
     Args:
@@ -380,7 +379,7 @@ def loggers_of(brain: Brain) -> LoggerCallback | Logger:
 
 
 def _catch_up(each: Logger, held: Places, marks: StepMarks, numbers: Path) -> None:
-    """Give a logger the ``numbers`` of `metrics.jsonl` that it does not hold, and note them.
+    """Send a logger the ``numbers`` of `metrics.jsonl` that it lacks, and record its progress.
 
     A backend may have lost them when the process was killed, or failed for a while.
     """
@@ -402,15 +401,15 @@ def describe(report: StageReport, learning_rates: Sequence[float | None] = ()) -
 
     Args:
         report: result of the stage.
-        learning_rates: current rate of each optimizer, which the line of a training stage ends
-            with; None for an optimizer that has none.
+        learning_rates: current rate of each optimizer, for the end of a training line; None for an
+            optimizer that has none.
     """
     facts = {
         name: value
         for name, value in report.record().items()
         if name not in RESERVED or (name in SHOWN and value)
     }
-    if not report.examples and facts["loss"] != facts["loss"]:  # NaN: no batch gave a loss.
+    if not report.examples and facts["loss"] != facts["loss"]:  # NaN without a loss.
         del facts["loss"]
     where = report.stage if report.epoch is None else f"epoch {report.epoch} {report.stage}"
     text = f"{where}: {_join(facts)}, {report.seconds:.0f} s"
@@ -421,7 +420,7 @@ def describe(report: StageReport, learning_rates: Sequence[float | None] = ()) -
 
 
 def _join(value: Any) -> str:
-    """Return nested values with their names as text, floats with four digits."""
+    """Format nested values with their names, floats with four digits."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_join(each)}" for name, each in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Loggers that a user has chosen by the run option `logger`, and what they are told of a run."""
+"""Loggers of the run option `logger`, and the facts about a run that they get."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def chosen_loggers(options: RunOptions) -> list[LoggerFactory]:
 
 
 def _by_name(name: str) -> LoggerFactory:
-    """Return the factory of the logger of a name."""
+    """Return the factory of a logger by its name."""
     if name == "tensorboard":
         require("tensorboard", "log")
         return TensorBoardLogger
@@ -63,7 +63,7 @@ def _by_name(name: str) -> LoggerFactory:
 
 
 def _constant(made: object) -> LoggerFactory:
-    """Return a factory of a logger that exists already."""
+    """Return a factory that returns an existing logger."""
     if not isinstance(made, Logger):
         raise ValueError(f"logger holds {repr(made)[:80]}, which is no logger; allowed: {ALLOWED}")
     logger = made
@@ -71,7 +71,7 @@ def _constant(made: object) -> LoggerFactory:
 
 
 def name_of(folder: Path) -> str:
-    """Return the name of the run of a folder: that of the folder.
+    """Return the name of a run, from its folder.
 
     If the folder is named by its seed, the name of its parent comes first: results/kws/demo/1234
     is "demo-1234".
@@ -86,10 +86,10 @@ def configuration(
 ) -> dict[str, Plain]:
     """Return the configuration of a run by dotted key.
 
-    It is that of hyperparams.yaml with its references resolved and the defaults of run options;
-    objects are given by their tags and arguments. Without such a file, and where it cannot be
-    resolved here, it is the plain values among `hparams`, and the options. Environment variables
-    are not read.
+    It has the values of hyperparams.yaml with references resolved, objects as their tags and
+    arguments, and the defaults of run options. If there is no such file, or it cannot be resolved
+    here, it has the plain values among `hparams`, and the options. Environment variables are not
+    read.
     """
     from trainer.config.changes import Settings
     from trainer.config.reading import read
@@ -97,7 +97,7 @@ def configuration(
 
     values: Mapping[str, Any] = {**hparams, **vars(options)}
     if (path := folder / HYPERPARAMS).exists():
-        with contextlib.suppress(ValueError):  # It calls functions that only its program allows.
+        with contextlib.suppress(ValueError):  # Only its program allows its functions.
             values = Settings(read(path, alone=True)[0], Registry()).values
     return dict(_flat(values))
 
@@ -105,7 +105,7 @@ def configuration(
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Plain]]:
     """Yield plain values by dotted key; objects are left out."""
     if isinstance(values, Mapping):
-        most = MAX_ITEMS if prefix else None  # A longer one is data, such as a vocabulary.
+        most = MAX_ITEMS if prefix else None  # Longer ones are data, such as a vocabulary.
         for key, value in islice(values.items(), most):
             yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(values, (list, tuple)):
@@ -118,7 +118,7 @@ def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Plain]]:
 
 
 def best_checkpoint(checkpointer: Checkpointer | None) -> Path | None:
-    """Return the folder of the best checkpoint, by the first metric it keeps the best by.
+    """Return the folder of the best checkpoint by the first metric of ``keep_best``.
 
     Without such a metric it is the newest; None without a checkpoint.
     """

@@ -1,10 +1,9 @@
-"""Files that every run has: `metrics.jsonl`, `train.log`, `samples` and `report.html`.
+"""Files of every run: `metrics.jsonl`, `train.log`, `samples` and `report.html`.
 
 A line of `metrics.jsonl` is one JSON object: {"kind": "step", "step": 120, "loss": 1.2, …} for a
 logged step, {"kind": "stage", "stage": "valid", "epoch": 2, "step": 120, "wer": 3.2, …} for a
 finished stage, {"kind": "monitor", "step": 100, "layers": {…}, …} for layer norms. ``step`` is the
-number of optimizer steps since the run began. The file is strict JSON: a number that is not finite
-is null.
+number of optimizer steps since the run began. Lines are strict JSON: non-finite numbers are null.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from trainer.samples import Samples, record_of
 METRICS = "metrics.jsonl"
 SAMPLES, TABLE = "samples", "samples.json"
 MAX_ROWS = 20  # of a set of samples
-MAX_SETS = 12  # Further sets are deleted, the oldest first.
+MAX_SETS = 12  # More are deleted, oldest first.
 OWN = re.compile(r"\d+-\d+-\d+\.(flac|wav|png)")
 
 logger = logging.getLogger("trainer")
 
 
 def run_folder(options: RunOptions) -> Path | None:
-    """Return the folder to record a run in; None without one, under --debug and in a replay."""
+    """Return the folder to record a run in; None without one, with --debug and in a replay."""
     if not options.output_folder or options.debug or options.replay:
         return None
     return Path(options.output_folder)
@@ -48,9 +47,9 @@ def run_folder(options: RunOptions) -> Path | None:
 
 @contextlib.contextmanager
 def readable_errors(path: Path, what: str = "log") -> Iterator[None]:
-    """Context manager that adds to an OSError the path that is written, and what to do.
+    """Context manager that adds the path and advice to an OSError.
 
-    In the message it is called ``what``, such as "log" or "report".
+    The message calls the file ``what``, such as "log" or "report".
     """
     try:
         yield
@@ -65,7 +64,7 @@ def readable_errors(path: Path, what: str = "log") -> Iterator[None]:
 
 @contextlib.contextmanager
 def file_with(content: bytes, name: str) -> Iterator[str]:
-    """Context manager with the path of a temporary file that has this name and content."""
+    """Context manager that yields the path of a temporary file with this name and content."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
         path.write_bytes(content)
@@ -73,17 +72,17 @@ def file_with(content: bytes, name: str) -> Iterator[str]:
 
 
 def temporary(path: Path) -> Path:
-    """Return the path at which a file or folder is written before it is renamed to its own."""
+    """Return the path for writing a file or folder before it is renamed to ``path``."""
     return path.with_name(f".{path.name}.new")
 
 
 def replace_file(path: Path, lines: Iterable[bytes], what: str = "log") -> None:
-    """Write a file anew, or leave it as it is if that fails.
+    """Replace the content of a file, or leave it unchanged on an error.
 
     Args:
         path: the file.
         lines: the new content, in parts.
-        what: word for the file in the message of an error, such as "report".
+        what: word for the file in error messages, such as "report".
 
     Raises:
         OSError: if it cannot be written.
@@ -103,11 +102,12 @@ def replace_file(path: Path, lines: Iterable[bytes], what: str = "log") -> None:
 class LineFile:
     """Text file that grows by whole lines.
 
-    Each line is one write, so that a killed process leaves at most one partial line, which is cut
-    away when the file is opened again. A line that does not fit on the disk leaves nothing behind.
+    Each line is one write, so that a killed process leaves at most one partial line, which is
+    removed when the file is opened again. A line that does not fit on the disk leaves nothing
+    behind.
 
     Args:
-        path: the file. It and its folder are created where they are missing.
+        path: the file; created with its folder if missing.
 
     Attributes:
         lines: number of lines.
@@ -120,7 +120,7 @@ class LineFile:
         self.path = path
         with readable_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary(path).unlink(missing_ok=True)  # Of a killed process.
+            temporary(path).unlink(missing_ok=True)  # Left by a killed process.
             self._file = self._open()
 
     def _open(self) -> int:
@@ -136,12 +136,12 @@ class LineFile:
 
     def append(self, line: str) -> None:
         """Write a line."""
-        # Half a surrogate pair (a file name that is not UTF-8) becomes its escape, in JSON as well.
+        # Half a surrogate pair (a file name that is not UTF-8) is escaped, also in JSON.
         data = f"{line}\n".encode(errors="backslashreplace")
         with readable_errors(self.path):
             end = os.fstat(self._file).st_size
             try:
-                while data:  # Loops only on a disk that fills up; the next write raises the error.
+                while data:  # Repeats only on a full disk; the next write raises the error.
                     data = data[os.write(self._file, data) :]
             except OSError:
                 os.ftruncate(self._file, end)
@@ -149,7 +149,7 @@ class LineFile:
         self.lines += 1
 
     def replace(self, lines: Iterable[bytes]) -> None:
-        """Replace the content by these lines, or leave it as it is if that fails."""
+        """Replace the content by these lines, or leave it unchanged on an error."""
         replace_file(self.path, lines)
         with readable_errors(self.path):
             os.close(self._file)
@@ -163,10 +163,9 @@ class LineFile:
 
 
 class TextLog:
-    """`train.log`: messages for people, each with the local time before it.
+    """`train.log`: messages, each with the local time.
 
-    A line that cannot be written is left out. The first such failure is a warning, and the run goes
-    on.
+    A line that cannot be written is left out. The first failure is a warning, and the run goes on.
 
     Args:
         folder: run folder; None writes nothing.
@@ -187,7 +186,7 @@ class TextLog:
             self._file.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
         except OSError as error:
             if not self._warned:
-                self._warned = True  # Before the warning, which may come back here as a line.
+                self._warned = True  # Before the warning, which may be written here, too.
                 logger.warning("train.log lacks lines from here on: %s", error)
 
     def close(self) -> None:
@@ -212,13 +211,13 @@ class JsonlLogger(LineFile, Logger):
         self.append(json.dumps(as_json(record), ensure_ascii=False, allow_nan=False))
 
     def resume(self, step: int, lines: int | None = None) -> None:
-        """Remove records of later steps, which a resumed run is about to write again.
+        """Remove records of later steps, which a resumed run writes again.
 
         Args:
-            step: optimizer steps at the checkpoint. Records without a step are kept, lines that
-                cannot be read are removed.
-            lines: number of records at the checkpoint; those behind them are removed, too, since
-                several records may have one step. None: as many as there are.
+            step: optimizer steps at the checkpoint. Records without a step are kept, unreadable
+                lines are removed.
+            lines: number of records at the checkpoint; later ones are removed, too, since several
+                records may have one step. None for no limit.
         """
         if self.lines and sum(1 for _ in self._kept(step, lines)) < self.lines:
             self.replace(self._kept(step, lines))
@@ -233,8 +232,8 @@ class JsonlLogger(LineFile, Logger):
 def as_json(value: Any) -> Any:
     """Convert a value to dicts and lists of numbers, texts, booleans and None.
 
-    NaN and infinities become None, a tensor or an array a number or lists of numbers (a tensor on a
-    GPU waits for the device), and anything that JSON cannot hold its text.
+    NaN and infinities become None; a tensor or array becomes a number or lists of numbers (waits
+    for a GPU); anything else that JSON cannot hold becomes its text.
     """
     if isinstance(value, Mapping):
         return {str(key): as_json(part) for key, part in value.items()}
@@ -250,7 +249,7 @@ def as_json(value: Any) -> Any:
 
 
 def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
-    """Yield numbers and nulls of a nested record by their dotted names; lists are left out."""
+    """Yield numbers and nulls of a nested record by dotted name; lists are left out."""
     for key, value in record.items():
         if isinstance(value, Mapping):
             yield from numbers(value, f"{prefix}{key}.")
@@ -259,10 +258,9 @@ def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def finite(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the finite numbers of a record by dotted name, without those that give its time.
+    """Yield the finite numbers of a record by dotted name, without its step.
 
-    These are the step, and for layer norms the epoch: a GAN has a record of layer norms for each
-    optimizer.
+    For layer norms the epoch is left out, too: a GAN has such a record for each optimizer.
     """
     when = ("step", "epoch") if kind == "monitor" else ("step",)
     for name, value in numbers(as_json(values)):
@@ -271,18 +269,18 @@ def finite(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _step_of(line: bytes) -> float:
-    """Return the step of a line: -inf where it has none, inf where it cannot be read."""
+    """Return the step of a line: -inf if it has none, inf if it cannot be read."""
     record = json_files.mapping(line)
     step = record.get("step") if record else math.inf
     return step if isinstance(step, (int, float)) else -math.inf
 
 
 class SampleLogger(Logger):
-    """Keep what `Brain.show` was given last in the folder `samples` of the run.
+    """Keep the latest samples of `Brain.show` in the folder `samples` of the run.
 
     It has at most `MAX_ROWS` rows of each of `MAX_SETS` titles, as samples/TITLE/samples.json and
-    the files that this table names, such as 300-0-1.flac (optimizer step, row and column). These
-    are written before it: a killed process leaves the earlier set or the new one.
+    the files that this table names, such as 300-0-1.flac (optimizer step, row and column). The
+    files are written before the table: a killed process leaves the earlier set or the new one.
 
     Args:
         folder: run folder.
@@ -292,7 +290,7 @@ class SampleLogger(Logger):
         self.folder = folder / SAMPLES
 
     def samples(self, samples: Samples) -> None:
-        """Write the first rows in place of those that had this title."""
+        """Write the first rows, which replace earlier ones of this title."""
         place = self.folder / slug(samples.title)
         written: set[str] = set()
 
@@ -322,7 +320,7 @@ class SampleLogger(Logger):
             self._remove(each)
 
     def resume(self, step: int) -> None:
-        """Delete what was shown at later steps, since it will come again."""
+        """Delete samples of later steps, since they will come again."""
         for path in self._tables():
             shown = json_files.read_mapping(self.folder, path).get("step")
             if isinstance(shown, int) and shown > step:
@@ -334,12 +332,12 @@ class SampleLogger(Logger):
 
     @staticmethod
     def _remove(table: Path) -> None:
-        table.unlink()  # First, since the other files have no meaning without it.
+        table.unlink()  # First: the other files have no meaning without it.
         shutil.rmtree(table.parent, ignore_errors=True)
 
 
 def slug(title: str) -> str:
-    """Return the name of the folder of a title; different titles have different folders."""
+    """Return the folder name of a title; different titles have different names."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", title).strip("._")[:60]
     check = zlib.crc32(title.encode(errors="backslashreplace"))
     return name if name and name == title else f"{name or SAMPLES}-{check:08x}"
@@ -348,10 +346,10 @@ def slug(title: str) -> str:
 class ReportLogger(Logger):
     """Keep `report.html` up to date, at about 1 % of the run's time.
 
-    Reading a long log takes seconds, and a stage may be short. So the report is written after a
-    stage only if a hundred times the duration of the last writing has passed since, and again when
-    the logger is closed. It reads the files of `JsonlLogger` and `SampleLogger`, and must come
-    after them in the list of loggers. The first failure to write it is a warning.
+    Reading a long log takes seconds, and a stage may be short: the report is written after a stage
+    only if a hundred times the duration of the last writing has passed, and again when the logger
+    is closed. It reads the files of `JsonlLogger` and `SampleLogger`, and must come after them in
+    the list of loggers. The first failure is a warning.
 
     Args:
         folder: run folder.
@@ -379,7 +377,7 @@ class ReportLogger(Logger):
         """Write the report unless it is up to date."""
         if not self._stale:
             return
-        from trainer import report  # Many modules, which a start need not wait for.
+        from trainer import report  # Here, since its many modules would slow down a start.
 
         started = time.perf_counter()
         try:

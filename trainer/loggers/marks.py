@@ -1,4 +1,4 @@
-"""Progress of a logger in each series, so that a resumed run gives it no record twice."""
+"""Progress of a logger in each series, so that it gets no record twice."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from trainer import json_files
 from trainer.loggers.files import LineFile
 
-MAX_LINES = 10_000  # A longer file is shortened to the last line of each series.
-ALL = 1 << 53  # Number of records of a step that stands for all of them.
+MAX_LINES = 10_000  # Longer files are cut to the last line of each series.
+ALL = 1 << 53  # Number of records that means all records of a step.
 Place = tuple[int, int]  # a step, and the number of records of a series at this step
 
 
 class Places:
-    """The last step of each series, and the number of its records at that step.
+    """Last step of each series, and the number of its records at that step.
 
-    A step may have several records of a series, such as layer norms of the optimizers of a GAN, or
-    the results of two test sets.
+    A step may have several records of a series, such as layer norms of a GAN's optimizers, or
+    results of two test sets.
     """
 
     def __init__(self, last: Mapping[str, Any] | None = None) -> None:
@@ -32,17 +32,17 @@ class Places:
         return place
 
     def has(self, name: str, place: Place) -> bool:
-        """Return True if the record of this place is among those that were added."""
+        """Return True if the record of this place was added."""
         return place <= self.last.get(name, (-1, 0))
 
     def newest(self) -> dict[str, Place]:
-        """Return the series that have a record at the last step of all."""
+        """Return the series with a record at the overall last step."""
         step = max((step for step, _ in self.last.values()), default=0)
         return {name: place for name, place in self.last.items() if place[0] == step}
 
 
 class StepMarks:
-    """Last record of each series that a logger was given, in a file that survives a killed run.
+    """Last record of each series that a logger got, in a file that survives a killed run.
 
     A line is `[number of records so far, series, step, number of records at this step]`.
 
@@ -53,7 +53,7 @@ class StepMarks:
     def __init__(self, path: Path) -> None:
         self._file = LineFile(path)
         self.taken = 0  # Number of records.
-        self.places = Places()  # Those of the last step of each series.
+        self.places = Places()  # Last step of each series.
         lines: dict[str, bytes] = {}
         with path.open("rb") as file:
             for line in json_files.lines(file):
@@ -67,12 +67,12 @@ class StepMarks:
             self._file.replace(lines.values())
 
     def note(self, name: str, step: int) -> None:
-        """Note that a record was taken."""
+        """Count a record."""
         self.taken += 1
         self._write(name, self.places.add(name, step))
 
     def cut(self, step: int) -> None:
-        """Note that the records of later steps were discarded."""
+        """Forget the records of later steps."""
         for name in [name for name, (last, _) in self.places.last.items() if last > step]:
             self.places.last[name] = (step, ALL)
             self._write(name, (step, ALL))

@@ -20,22 +20,22 @@ from trainer.loggers.files import file_with, finite
 from trainer.loggers.protocol import Logger, RunInfo, require, series
 from trainer.samples import wav_bytes
 
-MAX_ITEMS = 100  # MLflow takes as many parameters in one call.
+MAX_ITEMS = 100  # MLflow's limit of parameters in one call.
 MAX_VALUE, MAX_NAME = 500, 250  # characters
-# Give up an unreachable server after seconds; MLflow's own limits are minutes.
+# Seconds for an unreachable server; MLflow's own limits are minutes.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 
 class MlflowLogger(Logger):
     """Record a run in MLflow: numbers as metrics; pictures, sounds and texts as artifacts.
 
-    Without a server it is the database `mlflow.db` in the run folder, whose artifacts are in
+    Without a server, records go to the database `mlflow.db` in the run folder, and artifacts to
     `mlartifacts`: `mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db` shows them. A resumed run
-    goes on in the same run of MLflow. Histograms are left out, since MLflow has none.
+    continues the same run of MLflow. MLflow has no histograms.
 
     Args:
-        tracking_uri: server or database; None: MLFLOW_TRACKING_URI, or the run folder.
-        experiment: name of the experiment; None: MLFLOW_EXPERIMENT_NAME, or "cortex".
+        tracking_uri: server or database; None for MLFLOW_TRACKING_URI, or the run folder.
+        experiment: name of the experiment; None for MLFLOW_EXPERIMENT_NAME, or "cortex".
         tags: tags of the run, by name.
         artifacts: copy the report, hyperparams.yaml and the best checkpoint, too.
 
@@ -61,11 +61,11 @@ class MlflowLogger(Logger):
         self._client: Any = None
         self._id = ""
         self._lacks_all = False  # True if a resumed run has begun a new run in MLflow.
-        # Exception that a program was handling already when it called `fit`: no error of this run.
+        # Exception that was being handled when `fit` was called: no error of this run.
         self._handled: BaseException | None = None
 
     def open(self, run: RunInfo) -> None:
-        """Begin the run in MLflow, or go on with it."""
+        """Begin the run in MLflow, or continue it."""
         self._handled = sys.exception()
         uri = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         if self._client is None:
@@ -73,7 +73,7 @@ class MlflowLogger(Logger):
                 require("sqlalchemy", "mlflow")
             for name, value in PATIENCE.items():
                 os.environ.setdefault(name, value)
-            # It logs tracebacks of errors that are raised anyway.
+            # It also logs the tracebacks of raised errors.
             logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
             self._entities = importlib.import_module("mlflow.entities")
             database = run.folder.resolve() / "mlflow.db"
@@ -97,11 +97,11 @@ class MlflowLogger(Logger):
         self._configure(run.config)
 
     def _has(self, id: str) -> bool:
-        """Return True if MLflow has a run; its database may have been deleted or replaced."""
+        """Return True if MLflow has this run; its database may have been deleted or replaced."""
         try:
             self._client.get_run(id)
         except importlib.import_module("mlflow.exceptions").MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # Such as an unreachable server.
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # For example, an unreachable server.
                 raise
             return False
         return True
@@ -120,7 +120,7 @@ class MlflowLogger(Logger):
         new = [self._entities.Param(key, value) for key, value in values.items() if key not in had]
         self._log("params", new)
         for key, value in values.items():
-            if had.get(key, value) != value:  # A parameter of MLflow cannot be changed.
+            if had.get(key, value) != value:  # MLflow's parameters cannot be changed.
                 self._client.set_tag(self._id, f"resumed.{key}", value)
 
     def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
@@ -154,11 +154,11 @@ class MlflowLogger(Logger):
             self._client.log_artifact(self._id, str(path))
 
     def recorded(self) -> Mapping[str, tuple[int, int]] | None:
-        """Return no series if a resumed run has begun a new run in MLflow, which lacks them all."""
+        """Return an empty mapping if a resumed run has begun a new run in MLflow."""
         return {} if self._lacks_all else None
 
     def close(self) -> None:
-        """End the run in MLflow: as finished, or after an exception as failed or killed."""
+        """End the run in MLflow as finished; after an exception, as failed or killed."""
         error = None if sys.exception() is self._handled else sys.exception()
         failed = "FAILED" if isinstance(error, Exception) else "KILLED"
         self._client.set_terminated(self._id, "FINISHED" if error is None else failed)
@@ -174,7 +174,7 @@ class MlflowLogger(Logger):
 
 
 def _move(database: Path, artifacts: str) -> None:
-    """Update the location of artifacts, a URI, in the database of a run folder that was moved."""
+    """Update the URI of artifacts in the database of a moved run folder."""
     with contextlib.closing(sqlite3.connect(database)) as base, base:
         places = "SELECT artifact_location FROM experiments WHERE artifact_location LIKE ?"
         for (old,) in base.execute(places, ["%/mlartifacts"]).fetchall():

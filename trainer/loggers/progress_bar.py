@@ -1,4 +1,4 @@
-"""Progress of a run: lines at its start, then a bar for each stage, or a line a minute."""
+"""Progress of a run: lines at its start, then a bar for each stage or a line per minute."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.progress import Stage
 if TYPE_CHECKING:
     from trainer.brain import Brain
 
-LINE_SECONDS = 60.0  # between two lines where the output is no terminal
+LINE_SECONDS = 60.0  # between two lines if the output is no terminal
 MAX_OPTIMIZERS = 4  # whose norms and rates are shown
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"
 
@@ -30,7 +30,7 @@ logger = logging.getLogger("trainer")
 
 
 def announce(line: str, prints: bool) -> None:
-    """Log a line; in a program that has not set up logging, print it if ``prints``."""
+    """Log a line; in a program without logging, print it if ``prints``."""
     if logger.isEnabledFor(logging.INFO):
         logger.info("%s", line)
     elif prints:
@@ -38,27 +38,27 @@ def announce(line: str, prints: bool) -> None:
 
 
 class ProgressBar(Callback):
-    """Show how far each stage is, on rank 0: batches, time left and figures of the training.
+    """Show the progress of each stage on rank 0: batches, time left and figures of training.
 
-    The figures are those that the host knows anyway: no step waits for the device.
+    The figures are those that the host has already: no step waits for the device.
 
     Args:
         shown: False shows nothing.
 
     Attributes:
-        progressbar_shown: False shows nothing of stages that begin from now on; set by the
-            argument ``progressbar`` of `Brain.fit` and `Brain.evaluate`.
+        progressbar_shown: False hides stages that begin from now on; set by the argument
+            ``progressbar`` of `Brain.fit` and `Brain.evaluate`.
     """
 
     def __init__(self, shown: bool = True) -> None:
         self.progressbar_shown = shown
         self._stages: list[_Stage] = []  # A hook of one stage may run another stage.
-        self._outer: list[int] = []  # Number of stages before each call that runs.
+        self._outer: list[int] = []  # Number of stages before each running call.
         self._due = math.inf  # Time of the next line, of any stage.
-        self._begun = False  # True once the lines at the start were printed.
+        self._begun = False  # True once the start lines are printed.
 
     def on_fit_start(self, brain: Brain) -> None:
-        """Remember how many bars belong to outer calls of `fit` or `evaluate`."""
+        """Record the number of bars of outer calls of `fit` or `evaluate`."""
         self._outer.append(len(self._stages))
 
     def on_fit_end(self, brain: Brain) -> None:
@@ -71,7 +71,7 @@ class ProgressBar(Callback):
     def on_stage_start(
         self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
     ) -> None:
-        """Show a stage; a resumed training stage starts at the batches it has done.
+        """Show a stage; a resumed training stage starts at its finished batches.
 
         Before the first training stage of a Brain, the lines of `start_lines` are printed.
         """
@@ -87,7 +87,7 @@ class ProgressBar(Callback):
         self._due = min(self._due, time.monotonic() + LINE_SECONDS)
 
     def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
-        """Advance by a batch, with the figures behind it."""
+        """Advance by a batch, and update the figures."""
         shown = self._stages[-1] if self._stages else None
         if shown is None or (shown.bar is not None and shown.bar.disable):
             return
@@ -104,7 +104,7 @@ class ProgressBar(Callback):
             shown.bar.set_postfix_str(figures, refresh=False)
 
     def on_log(self, brain: Brain, record: dict[str, Any]) -> None:
-        """Take the losses of a log record, for recipes whose batches report none on the host."""
+        """Keep the losses of a log record, for recipes whose batches report none on the host."""
         if self._stages:
             self._stages[-1].logged = record
 
@@ -123,7 +123,7 @@ class ProgressBar(Callback):
         return self._stages[-1].bar if self._stages else None
 
     def figures(self, brain: Brain) -> str:
-        """Return what is shown of a training, such as "step 7, loss 1.2, norm 3, lr 0.001"."""
+        """Return the figures of training, such as "step 7, loss 1.2, norm 3, lr 0.001"."""
         return self._stages[-1].figures(brain)
 
     def _keep(self, number: int) -> None:
@@ -134,32 +134,32 @@ class ProgressBar(Callback):
 
 
 class _Stage:
-    """A stage that is shown, with the figures behind its bar.
+    """A shown stage, with the figures behind its bar.
 
     Args:
         name: text before the bar.
-        total: batches of the stage; None where unknown.
-        done: batches that a resumed stage has done.
+        total: batches of the stage; None if unknown.
+        done: finished batches of a resumed stage.
         shown: False makes a bar that shows nothing.
     """
 
     def __init__(self, name: str, total: int | None, done: int, shown: bool) -> None:
         self.name, self.total, self.done = name, total, done
-        self.bar = _make_bar(name, total, done, shown)  # None: lines are printed.
-        self.loss: float | None = None  # Of the last step, if it is known.
+        self.bar = _make_bar(name, total, done, shown)  # None if lines are printed.
+        self.loss: float | None = None  # Loss of the last step, if known.
         self.items = 0.0  # Number of examples since the stage began in this process.
         self.logged: Mapping[str, Any] = {}  # Last log record.
         self._first, self._started = done, time.monotonic()
 
     def add(self, report: StepReport) -> None:
-        """Take the loss and the examples of a window that is over."""
+        """Add the loss and the examples of a finished window."""
         if report.outcome != "accumulated":
             self.items += report.weight
             if report.loss is not None:
                 self.loss = report.loss
 
     def line(self, figures: str) -> str:
-        """Return the line that is printed in place of a bar."""
+        """Return the line to print instead of a bar."""
         line = f"{self.name} {self.done}/{'?' if self.total is None else self.total}"
         if self.total is not None:
             pace = (time.monotonic() - self._started) / (self.done - self._first)
@@ -189,7 +189,7 @@ class _Stage:
 
 
 def _make_bar(desc: str, total: int | None, initial: int, shown: bool) -> Any:
-    """Return a bar for the terminal or the notebook; None where lines are printed instead."""
+    """Return a bar for the terminal or the notebook; None if lines are printed instead."""
     kind = _notebook_bar() if shown else None
     if kind is None and shown and not sys.stderr.isatty():
         return None
@@ -206,11 +206,11 @@ def _make_bar(desc: str, total: int | None, initial: int, shown: bool) -> Any:
 
 
 def _notebook_bar() -> Any:
-    """Return tqdm's bar for notebooks; None elsewhere, and where ipywidgets is missing."""
+    """Return tqdm's bar for notebooks; None elsewhere, or without ipywidgets."""
     if "ipykernel" not in sys.modules:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tqdm.auto is experimental; ipywidgets is missing.
+        warnings.simplefilter("ignore")  # tqdm.auto is experimental; ipywidgets may be missing.
         from tqdm import auto, notebook
     return auto.tqdm if issubclass(auto.tqdm, notebook.tqdm_notebook) else None
 
@@ -234,11 +234,11 @@ def _last_batch(brain: Brain, total: int | None) -> int | None:
 
 
 def start_lines(brain: Brain, batches: int | None) -> list[str]:
-    """Return the lines: device and precision, parameters, ranks, batches, run folder.
+    """Return the first lines: device and precision, parameters, ranks, batches, run folder.
 
     Args:
         brain: the Brain, about to train.
-        batches: batches of an epoch on this rank; None where unknown.
+        batches: batches of an epoch on this rank; None if unknown.
     """
     options, ranks = brain.options, distributed.world_size()
     known = "an unknown number of" if batches is None else f"{batches:,}"

@@ -1,4 +1,4 @@
-"""Base class of loggers: records the numbers, pictures and sounds of a run."""
+"""Base class of loggers, and the facts about a run that they get."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from trainer.samples import Samples
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Facts about a run that a logger is opened with.
+    """Facts about a run, for `Logger.open`.
 
     Attributes:
         folder: run folder.
         name: name of the run: the run option `run_name`, else from the folder.
         config: hyperparameters and run options by dotted key; numbers, texts, booleans and None.
-        memory: path of a file in the run folder for this logger alone. It may write there what it
-            needs when the run resumes, such as the identifier of the run in its service.
-        taken: number of records that this logger was given since the run began.
+        memory: path of a file in the run folder for this logger alone, for facts that it needs when
+            the run resumes, such as the identifier of the run in its service.
+        taken: number of records that this logger got since the run began.
     """
 
     folder: Path
@@ -34,19 +34,19 @@ class RunInfo:
 
 
 class Logger:
-    """Base class of what records a run; `trainer.loggers.LoggerCallback` drives it, on rank 0 only.
+    """Base class of loggers; `trainer.loggers.LoggerCallback` calls them, only on rank 0.
 
-    A logger overrides the methods for what it records; the others do nothing. A method that raises
-    is reported once as a warning; that logger is not called again, and the run goes on.
+    A logger overrides the methods for its kinds of records; the others do nothing. A method that
+    raises is reported in one warning; its logger is not called again, and the run goes on.
 
-    A resumed run reports again what came after its checkpoint, and exact resuming makes it equal.
-    A logger that overrides `resume` discards those records; any other is not given them again.
+    A resumed run reports the records after its checkpoint again, with equal values. A logger that
+    overrides `resume` discards the earlier ones; any other does not get them again.
     """
 
     def open(self, run: RunInfo) -> None:
         """Begin to record a run, or continue it; called before the first record.
 
-        After `close` it may be called again, as by `evaluate` after `fit`.
+        It may be called again after `close`, as by `evaluate` after `fit`.
 
         Args:
             run: folder, name and configuration of the run.
@@ -58,7 +58,7 @@ class Logger:
         Args:
             kind: "step" (averages since the last record), "stage" (a finished stage) or
                 "monitor" (layer norms).
-            values: numbers by name, nested by mappings; NaN and infinities stand for unknown.
+            values: numbers by name, in nested mappings; NaN and infinities mean unknown.
             step: optimizer steps since the run began.
         """
 
@@ -100,10 +100,10 @@ class Logger:
         """
 
     def samples(self, samples: Samples) -> None:
-        """Record rows of cells, as they were given to `Brain.show`.
+        """Record rows of cells from `Brain.show`.
 
-        The sounds, pictures and texts of the first rows are also given one by one to `audio`,
-        `figure` and `text`.
+        Sounds, pictures and texts of the first rows are also passed to `audio`, `figure` and
+        `text` one by one.
 
         Args:
             samples: title, rows and note, with optimizer step and epoch.
@@ -125,24 +125,24 @@ class Logger:
         """
 
     def recorded(self) -> Mapping[str, tuple[int, int]] | None:
-        """Return the last step of each series that the backend holds.
+        """Return the last step of each series in the backend.
 
-        A backend that may lose records overrides this: when the run resumes it is given the numbers
-        that it lacks.
+        Override it for a backend that may lose records: a resumed run sends the numbers that the
+        backend lacks.
 
         Returns:
-            By the name of a series, its last step and the number of its records at this step. The
-            names are those of `series`, and "figures/NAME", "audio/NAME", "text/NAME" and
-            "histograms/NAME". None if the backend holds all that it was given.
+            Last step, and number of records at this step, by series. Names are those of `series`,
+            "figures/NAME", "audio/NAME", "text/NAME" and "histograms/NAME". None if the backend
+            loses no records.
         """
         return None
 
     def close(self) -> None:
-        """Write what is pending and release files."""
+        """Write pending records and release files."""
 
 
 def series(kind: str, values: Mapping[str, Any]) -> str:
-    """Return the name of the series that a record of numbers belongs to.
+    """Return the name of the series of a record of numbers.
 
     It is "train", "valid" or "test" for stages, "train_step" for steps, "monitor" for layer norms.
 
@@ -156,7 +156,7 @@ def series(kind: str, values: Mapping[str, Any]) -> str:
 
 
 def require(package: str, extra: str) -> None:
-    """Check that a package that a logger needs is installed, without importing it.
+    """Check that a package for a logger is installed, without importing it.
 
     Args:
         package: name of the package.
@@ -170,7 +170,7 @@ def require(package: str, extra: str) -> None:
 
 
 def missing(package: str, extra: str) -> ValueError:
-    """Return the error for a package that is not installed, and is in an extra of this project."""
+    """Return the error for a missing package, which an extra of this project installs."""
     return ValueError(
         f"{package} was asked for and is not installed; "
         f"pip install 'cortex-speech[{extra}]', or leave it out of logger"

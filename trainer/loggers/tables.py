@@ -14,11 +14,11 @@ from trainer.loggers.protocol import Logger, series
 
 
 class CsvLogger(Logger):
-    """Write numbers into the folder `csv` of the run: a table for each stage and kind of record.
+    """Write numbers to the folder `csv` of the run: a table for each stage and kind of record.
 
     `valid.csv` has a row for each validation, `train_step.csv` for each logged step. The first
-    column is the step; a cell without a value is empty. A column that appears later is added behind
-    the others, and the table is replaced as a whole.
+    column is the step; a cell without a value is empty. A new column is added behind the others,
+    and the table is rewritten.
 
     Args:
         folder: run folder.
@@ -55,7 +55,7 @@ class CsvLogger(Logger):
 
 
 class _Table(LineFile):
-    """A table whose first line names its columns, and whose cells hold no line breaks."""
+    """A table with a line of column names, and cells without line breaks."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -63,7 +63,7 @@ class _Table(LineFile):
         self.columns = list(first)
 
     def add(self, row: Mapping[str, float | None]) -> None:
-        """Write a row; names that are new in it are added as columns first."""
+        """Write a row; new names are added as columns first."""
         row = {" ".join(name.split()): value for name, value in row.items()}
         known = set(self.columns)
         if new := [name for name in row if name not in known]:
@@ -75,7 +75,7 @@ class _Table(LineFile):
         self.append(_line(["" if cell is None else cell for cell in cells]))
 
     def cut(self, step: int) -> None:
-        """Remove the rows of later steps, and lines that are no rows."""
+        """Remove the rows of later steps, and invalid lines."""
         head, *rows = list(self._rows()) or [[]]
         kept = [row for row in rows if row and row[0].isdigit() and int(row[0]) <= step]
         if head and len(kept) < len(rows):

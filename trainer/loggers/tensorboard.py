@@ -19,18 +19,18 @@ CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
 
 
 class TensorBoardLogger(Logger):
-    """Write what a run reports into the folder `tensorboard` of the run.
+    """Write the records of a run to the folder `tensorboard` of the run.
 
-    The event file is opened at the first record, when the step that a resumed run begins at is
-    known. Each record is flushed before the next one, so that a killed run has all records from
-    before its checkpoint.
+    The event file is opened at the first record, when the first step of a resumed run is known.
+    Each record is flushed before the next one, so that a killed run has all records from before its
+    checkpoint.
 
     Args:
         folder: run folder.
 
     Raises:
         ValueError: if the package tensorboard is not installed.
-        OSError: if the event file cannot be opened (the methods that record).
+        OSError: if the event file cannot be opened (recording methods).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,7 +44,7 @@ class TensorBoardLogger(Logger):
 
     @contextmanager
     def _recording(self) -> Iterator[Any]:
-        """Context manager with the writer of the event file, which it flushes at its end."""
+        """Context manager that yields the writer of the event file, and flushes it on exit."""
         if self._writer is None:
             with readable_errors(self.folder):
                 self._writer = self._package.SummaryWriter(
@@ -69,7 +69,7 @@ class TensorBoardLogger(Logger):
 
     def figure(self, name: str, png: bytes, step: int) -> None:
         """Write a picture."""
-        # SummaryWriter.add_image takes pixels, and needs pillow to make a PNG file of them again.
+        # SummaryWriter.add_image takes pixels, and needs pillow to make them a PNG file again.
         Summary = self._package.summary.Summary
         width, height, _, kind = struct.unpack(">IIBB", png[16:26])
         image = Summary.Image(

@@ -30,9 +30,9 @@ from trainer.samples import wav_bytes
 
 MODES = ("online", "offline", "disabled")
 BINS = 64  # of a histogram
-REACH_SECONDS = 10.0  # that a server has for an answer
-# Seconds. A run neither waits long for a network that is not there, nor for uploads at its end, and
-# a killed run loses at most a second of what goes to W&B's own process, which is given again.
+REACH_SECONDS = 10.0  # for an answer of the server
+# Seconds. A run waits long neither for a missing network nor for uploads at its end. A killed run
+# loses at most a second of the records for W&B's own process; it sends them again.
 SETTINGS = {
     "silent": True,
     "console": "off",
@@ -40,16 +40,16 @@ SETTINGS = {
     "finish_timeout": 600.0,
     "x_transaction_log_flush_interval": 1.0,
 }
-# The files of W&B are of LevelDB's log format: blocks of records, which may be cut in parts.
+# W&B's files have LevelDB's log format: blocks of records, which may be split.
 BLOCK, HEADER, FULL, LAST = 32768, struct.Struct("<IHB"), 1, 4
 
 logger = logging.getLogger("trainer")
 
 
 class _Session:
-    """A run of W&B that is open in this process; it ends with the last logger that uses it.
+    """An open run of W&B in this process; ends with the last logger that uses it.
 
-    At the end of the process W&B ends its runs itself, and knows whether that failed.
+    At the end of the process W&B ends its runs itself, as failed if the process failed.
     """
 
     def __init__(self, run: Any, rows: int) -> None:
@@ -61,7 +61,7 @@ class _Session:
 
 
 def _finish(run: Any) -> None:
-    """End a run; W&B may have ended its own process before, as when a server has refused it."""
+    """End a run; W&B may have ended its own process before, for example if a server refused it."""
     try:
         run.finish()
     except Exception as error:
@@ -69,21 +69,20 @@ def _finish(run: Any) -> None:
 
 
 class WandbLogger(Logger):
-    """Record a run in Weights & Biases; without credentials or network in files to upload later.
+    """Record a run in Weights & Biases; without credentials or network, in files to upload later.
 
-    The files lie in the folder `wandb` of the run; `wandb sync` uploads them. A resumed run
-    continues the same run of W&B. The axis of its charts is `step`, the number of optimizer steps;
-    W&B's own step counts records, since W&B drops a record whose step does not rise. The run stays
-    open between `fit` and `evaluate`, and W&B ends it with the process.
+    The files are in the folder `wandb` of the run; `wandb sync` uploads them. A resumed run
+    continues the same run of W&B. Charts are over `step`, the number of optimizer steps; W&B's own
+    step counts records, since W&B drops a record whose step does not rise. The run stays open
+    between `fit` and `evaluate`, and W&B ends it with the process.
 
     Args:
-        project: project; None: WANDB_PROJECT, or W&B's default.
-        entity: user or team; None: WANDB_ENTITY, or W&B's default.
+        project: project; None for WANDB_PROJECT, or W&B's default.
+        entity: user or team; None for WANDB_ENTITY, or W&B's default.
         tags: words to find the run by.
         group: name of a group of runs.
         notes: description of the run.
-        mode: "online", "offline" or "disabled"; None: WANDB_MODE, or online where there are
-            credentials.
+        mode: "online", "offline" or "disabled"; None for WANDB_MODE, or online with credentials.
         artifacts: upload the report, hyperparams.yaml and the best checkpoint.
 
     Raises:
@@ -91,7 +90,7 @@ class WandbLogger(Logger):
     """
 
     _sessions: ClassVar[weakref.WeakValueDictionary[str, _Session]] = weakref.WeakValueDictionary()
-    _ids: ClassVar[set[str]] = set()  # Of all runs of this process.
+    _ids: ClassVar[set[str]] = set()  # Ids of all runs of this process.
 
     def __init__(
         self,
@@ -124,7 +123,7 @@ class WandbLogger(Logger):
         self._package = importlib.import_module("wandb")
         known = run.memory.read_text().strip() if run.memory.exists() else ""
         id = known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-        if not known:  # Writing it again on a full disk could lose the known one.
+        if not known:  # Rewriting a known one on a full disk could lose it.
             run.memory.write_text(f"{id}\n")
         self._recorded = None
         if id not in self._sessions:
@@ -132,7 +131,7 @@ class WandbLogger(Logger):
             try:
                 if id not in self._ids:  # In this process W&B has lost nothing.
                     rows = max(rows, self._read(run.folder / "wandb", id))
-            except Exception as error:  # Such as a format of another version.
+            except Exception as error:  # For example, the format of another version.
                 self._recorded = None
                 logger.warning(
                     "W&B's files of this run cannot be read (%s: %s): records of the last second "
@@ -144,7 +143,7 @@ class WandbLogger(Logger):
         self._session.run.config.update(dict(run.config), allow_val_change=True)
 
     def _read(self, folder: Path, id: str) -> int:
-        """Read what earlier processes have recorded; return the number of rows."""
+        """Read the records of earlier processes; return the number of rows."""
         rows, places = 0, Places()
         for path in sorted(folder.glob(f"*run-*-{id}/run-{id}.wandb")):
             self._recorded = places.last
@@ -182,7 +181,7 @@ class WandbLogger(Logger):
         except Exception as error:
             why = " ".join(str(error).split())
             logger.warning("W&B cannot be reached (%s): %s", why, later)
-            if tried:  # Its process holds the identifier of a run that did not start.
+            if tried:  # Its process keeps the identifier of the failed start.
                 package.teardown()
             return package.init(mode="offline", **options)
         if started.url:
@@ -231,7 +230,7 @@ class WandbLogger(Logger):
         self._session.run.log_artifact(artifact)
 
     def recorded(self) -> Mapping[str, tuple[int, int]] | None:
-        """Return the last step of each series that is in W&B's files of this run."""
+        """Return the last step of each series in W&B's files of this run."""
         return self._recorded
 
     def _log(self, row: dict[str, Any], step: int) -> None:
@@ -240,11 +239,11 @@ class WandbLogger(Logger):
         session.rows += 1
 
 
-KINDS = ("histograms", "figures", "audio", "text")  # Prefixes of what has a series of its own.
+KINDS = ("histograms", "figures", "audio", "text")  # Prefixes of series other than numbers.
 
 
 def _reach(address: str) -> None:
-    """Raise OSError at once for a server out of reach, which W&B itself would try for a minute."""
+    """Raise OSError at once for an unreachable server; W&B itself would try for a minute."""
     with contextlib.suppress(urllib.error.HTTPError):  # The server has answered.
         urllib.request.urlopen(address, timeout=REACH_SECONDS).close()
 
@@ -264,7 +263,7 @@ def _has_credentials(settings: Any) -> bool:
 
 
 def history(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows in a file of W&B, which a killed process may have left incomplete."""
+    """Yield the rows of a file of W&B, which may be incomplete after a kill."""
     record = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
     for data in log_records(path.read_bytes()):
         items = record.FromString(data).history.item

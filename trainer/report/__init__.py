@@ -1,11 +1,7 @@
 """The report of a run: `report.html` beside `metrics.jsonl`, complete in one file.
 
-It needs no network, follows the reader's light or dark setting, and is written anew after stages,
-so that it can be read while the run goes on. `write_html` writes that of a run, `compare` one of
-several runs.
-
 `history` reads the records, `plots` selects the charts, `chart` draws them with `axis`, `samples`
-shows what `Brain.show` was given, `page` and `comparison` compose pages from the parts in `html`.
+shows the samples of `Brain.show`, `page` and `comparison` compose pages from the parts in `html`.
 """
 
 from __future__ import annotations
@@ -20,7 +16,7 @@ __all__ = ["ReportLogger", "compare", "render", "write_html"]
 
 
 def write_html(folder: Path | str) -> Path:
-    """Write `report.html` from what has been logged so far; on an error the old one stays.
+    """Write `report.html` from the records so far; on an error the old one stays.
 
     Args:
         folder: run folder.
@@ -40,8 +36,8 @@ def write_html(folder: Path | str) -> Path:
 def compare(folders: Iterable[Path | str], out: Path | str) -> Path:
     """Write a page that compares runs: results, settings, curves, and samples side by side.
 
-    Runs whose settings differ in the seed alone have mean and standard deviation. Runs of different
-    tasks may be compared; what only some have is a dash in the others.
+    Runs whose settings differ only in the seed get mean and standard deviation. Runs of different
+    tasks may be compared; a missing value is a dash.
 
     Args:
         folders: run folders.
@@ -54,7 +50,7 @@ def compare(folders: Iterable[Path | str], out: Path | str) -> Path:
         ValueError: if there is no run, a folder does not exist, or there are more than 24 runs.
         OSError: if the page cannot be written.
     """
-    from trainer.report.comparison import render_comparison  # It reads YAML, which a run need not.
+    from trainer.report.comparison import render_comparison  # It imports the YAML reader.
 
     page = render_comparison(list(dict.fromkeys(Path(folder) for folder in folders)))
     replace_file(Path(out), [page.encode(errors="backslashreplace")], "comparison")

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-TINY = 1e-290  # Below it powers of ten lose their digits.
+TINY = 1e-290  # Smaller powers of ten lose digits.
 
 
 class Axis:
     """Map a range of values to pixels.
 
-    The axis is logarithmic where all values are positive and span more than 1:50.
+    The axis is logarithmic if all values are positive and span more than 1:50.
 
     Args:
         values: the values to show; NaN and infinities are not allowed.
-        pixels: position of the lower and of the upper end of the axis.
-        from_zero: begin at 0, on a linear axis.
-        whole: the values are whole numbers, such as steps: a linear axis with whole ticks.
+        pixels: positions of the lower and the upper end of the axis.
+        from_zero: True for a linear axis from 0.
+        whole: True for whole numbers, such as steps: a linear axis with whole ticks.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Axis:
         rounding = max(1e-4 * max(abs(low), abs(high)), TINY)
         if whole:
             room = 0.5 if high - low < 1 else 0.0
-        elif high - low <= rounding:  # All values are equal, but for rounding.
+        elif high - low <= rounding:  # All values are equal up to rounding.
             room = 0.1 * abs(high) if abs(high) > TINY else 1.0
         else:
             room = 0.04 * (high - low)
@@ -46,7 +46,7 @@ class Axis:
         self.low, self.high = low, high
 
     def at(self, value: float) -> float:
-        """Return the pixel of a value; NaN where the axis cannot show it."""
+        """Return the pixel of a value; NaN if the axis cannot show it."""
         if not math.isfinite(value) or (self.log and value <= 0):
             return math.nan
         place = math.log10(value) if self.log else value
@@ -71,18 +71,18 @@ class Axis:
 
 
 def _round_up(step: float) -> float:
-    """Return the smallest of 1, 2 and 5 times a power of ten that is not below ``step``."""
+    """Return the smallest 1, 2 or 5 times a power of ten that is not below ``step``."""
     power = 10.0 ** math.floor(math.log10(step))
     return next((part * power for part in (1, 2, 5) if part * power >= step), 10 * power)
 
 
 def number(value: float, step: float | None = None) -> str:
-    """Return a number for people, such as "3.21", "12.35k" or "1e−5".
+    """Format a number, such as "3.21", "12.35k" or "1e−5".
 
     Args:
         value: the number; NaN and infinities become a dash.
-        step: distance of two ticks, whose last digit is then the last one shown. By default four
-            digits without zeros behind them.
+        step: distance of two ticks, whose last digit is the last one shown. By default four digits
+            without trailing zeros.
     """
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "–"
@@ -103,7 +103,7 @@ def number(value: float, step: float | None = None) -> str:
 
 
 def count(value: float) -> str:
-    """Return a whole number in full, such as "12,345", and any other as `number` does."""
+    """Format a whole number in full, such as "12,345", and any other by `number`."""
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.0f}" if value.is_integer() else number(value)

@@ -1,8 +1,7 @@
 """Line charts as inline SVG with a legend in HTML.
 
-They need no script; with that of `html` they show the values that are pointed at. Colours come from
-the page's style sheet (`.c0` … `.c6`), so that a chart fits light and dark; no colour carries
-meaning alone.
+They need no script; with that of `html` they show values under the pointer. Colours come from the
+page's style sheet (`.c0` … `.c6`), for light and dark pages; no meaning depends on colour alone.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from trainer.report.html import escape
 WIDTH, HEIGHT = 640.0, 290.0
 LEFT, RIGHT, TOP, BOTTOM = 70.0, 14.0, 10.0, 44.0  # Margins for ticks and labels.
 COLOURS = 7
-BUCKETS = 340  # A chart is about 600 pixels wide: more points cannot be told apart.
-MAX_MARKERS = 40  # Up to so many points each have a marker with its value.
-MIN_SMOOTHED = 100  # From so many points on, a noisy line has a running mean over it.
+BUCKETS = 340  # A chart is about 600 pixels wide, which cannot show more points.
+MAX_MARKERS = 40  # Points that get markers with their values.
+MIN_SMOOTHED = 100  # Points of a noisy line that gets a running mean.
 
 Point = tuple[float, float]
 VALUE = itemgetter(1)
@@ -30,23 +29,23 @@ VALUE = itemgetter(1)
 class Series:
     """A line of a chart."""
 
-    name: str  # In the legend.
+    name: str  # Name in the legend.
     xs: Sequence[float]  # Places on the x axis, ascending.
     ys: Sequence[float]  # Values; NaN is a gap.
-    colour: int = 0  # Number of the colour, counted round from 0.
-    style: str = "solid"  # Or "faint", or "limit", which is dashed.
-    noisy: bool = False  # Draw a running mean over the line where it has many points.
-    clock: int = 0  # Number of the run, by which the script finds its training time by step.
+    colour: int = 0  # Number of the colour, from 0, modulo their number.
+    style: str = "solid"  # "solid", "faint", or "limit", which is dashed.
+    noisy: bool = False  # Draw a running mean over a line of many points.
+    clock: int = 0  # Number of the run, for the script to find its training times.
 
 
 @dataclass(slots=True)
 class Event:
-    """Something that happened at a place on the x axis."""
+    """An event at a place on the x axis."""
 
     x: float
     text: str
     kind: str  # "skipped" or "overflowed"
-    link: str = ""  # To a place in the page, such as "#step-120".
+    link: str = ""  # Link within the page, such as "#step-120".
 
 
 @dataclass(slots=True)
@@ -57,20 +56,19 @@ class Chart:
     x_label: str
     y_label: str
     series: list[Series] = field(default_factory=list)
-    from_zero: bool = False  # Let the y axis begin at 0; otherwise it may be logarithmic.
+    from_zero: bool = False  # Begin the y axis at 0; else it may be logarithmic.
     note: str = ""  # A sentence under the heading.
     counts: bool = True  # x is a number of steps or epochs: a linear axis with whole ticks.
-    marks: dict[str, float] = field(default_factory=dict)  # Upright lines at places on the x axis.
+    marks: dict[str, float] = field(default_factory=dict)  # Vertical lines by name.
     events: list[Event] = field(default_factory=list)
     valued: bool = True  # Show last, lowest and highest values in the legend.
-    timed: bool = False  # The script can draw it over training time, by `Series.clock`.
+    timed: bool = False  # Allow the script to draw it over training time, by `Series.clock`.
 
 
 def decimate(points: Sequence[Point]) -> Sequence[Point]:
     """Return at most `3 * BUCKETS` of the points, with every peak, dip and gap.
 
-    The points are divided into `BUCKETS` parts, of which each keeps its lowest and its highest
-    point and one gap, in their order.
+    Each of `BUCKETS` parts keeps its lowest and highest point and one gap, in order.
     """
     if len(points) <= 3 * BUCKETS:
         return points
@@ -86,7 +84,7 @@ def decimate(points: Sequence[Point]) -> Sequence[Point]:
 
 
 def running_mean(points: Sequence[Point]) -> list[Point]:
-    """Return the mean over a fiftieth of the points around each; gaps stay gaps."""
+    """Return the mean over a fiftieth of the points, around each point; gaps stay gaps."""
     reach = max(1, len(points) // 100)
     sums, counts = [0.0], [0]
     for _, y in points:
@@ -131,7 +129,7 @@ def draw(chart: Chart) -> str:
 
 
 def _event(event: Event, x: Axis) -> str:
-    """Return a short mark on the axis, which links to a report where there is one."""
+    """Return a short mark on the axis, with a link to its report if any."""
     at = x.at(event.x)
     if not LEFT - 1 <= at <= WIDTH - RIGHT + 1:
         return ""
@@ -144,7 +142,7 @@ def _event(event: Event, x: Axis) -> str:
 
 
 def _scales(x: Axis, y: Axis, chart: Chart) -> str:
-    """Return the attributes by which the script finds the value of a pixel."""
+    """Return the attributes that map pixels to values for the script."""
     ends = " ".join(
         f"{end!r}" for axis in (x, y) for end in (axis.low, axis.high, axis.start, axis.end)
     )
@@ -153,7 +151,7 @@ def _scales(x: Axis, y: Axis, chart: Chart) -> str:
 
 
 def _ends(series: Series) -> list[Point]:
-    """Return the lowest and the highest point; none of a series that has no value."""
+    """Return the lowest and the highest point; empty for a series without values."""
     points = zip(series.xs, series.ys, strict=True)
     known = [point for point in points if math.isfinite(point[1])]
     return [find(known, key=VALUE) for find in (min, max)] if known else []
@@ -186,7 +184,7 @@ def _frame(x: Axis, y: Axis, chart: Chart) -> str:
 
 
 def _line(series: Series, x: Axis, y: Axis, x_label: str) -> str:
-    """Return a line, its running mean if it is noisy, and markers where it has few points."""
+    """Return a line, its running mean if noisy, and markers if it has few points."""
     points = list(zip(series.xs, series.ys, strict=True))
     text, style = "", _style(series)
     if series.noisy and len(points) >= MIN_SMOOTHED:
@@ -222,7 +220,7 @@ def _marker(series: Series, point: Point, x: Axis, y: Axis, x_label: str) -> str
     if math.isnan(up):
         return ""
     title = escape(f"{series.name}, {x_label} {number(point[0])}: {number(point[1])}")
-    corner = 0 if series.colour % 2 else 4  # A square or a disc: the shape tells lines apart, too.
+    corner = 0 if series.colour % 2 else 4  # A square or a disc, to tell lines apart by shape, too.
     return (
         f'<rect class="mark c{series.colour % COLOURS}" x="{across - 3.5:.1f}" y="{up - 3.5:.1f}" '
         f'width="7" height="7" rx="{corner}"><title>{title}</title></rect>'

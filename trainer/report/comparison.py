@@ -33,17 +33,17 @@ MAX_VALUE = 200  # characters of a setting
 
 @dataclass
 class Compared:
-    """A run that is compared."""
+    """One of the compared runs."""
 
-    name: str  # Path of its folder, relative to the folder that all runs have in common.
+    name: str  # Path of its folder, relative to the common folder of all runs.
     folder: Path
     history: History
-    # Values of its hyperparams.yaml by dotted key, as they are written.
+    # Values of its hyperparams.yaml by dotted key, as written.
     settings: dict[str, str] = field(default_factory=dict)
-    problem: str = ""  # Why the settings are not known.
+    problem: str = ""  # Reason why the settings are unknown.
 
     def results(self) -> dict[str, float]:
-        """Return the results of the test, or of the last validation where there was none."""
+        """Return the results of the test, else of the last validation."""
         for stage in ("test", "valid", "train"):
             records = [each for each in self.history.stages if each["stage"] == stage]
             if records:
@@ -79,7 +79,7 @@ def render_comparison(folders: Sequence[Path]) -> str:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Check the folders, and return their paths relative to the folder that they share."""
+    """Check the folders, and return their paths relative to their common folder."""
     if not folders:
         raise ValueError("there is nothing to compare: give folders of runs, such as results/kws/*")
     if len(folders) > MAX_RUNS:
@@ -112,7 +112,7 @@ def _read(folder: Path, name: str) -> Compared:
 
 
 def _is_neutral(key: str) -> bool:
-    """Return True for a setting that repetitions of a run may differ in."""
+    """Return True for a setting that may differ between repetitions of a run."""
     return key == "seed" or is_place(key.rpartition(".")[2])
 
 
@@ -130,7 +130,7 @@ def _results(runs: Sequence[Compared]) -> str:
 
 
 def _spread(runs: Sequence[Compared]) -> str:
-    """Return a table with mean and standard deviation over runs that differ in their seed alone."""
+    """Return a table with mean and standard deviation over runs that differ only in their seed."""
     groups: dict[Any, list[Compared]] = {}
     for run in runs:
         kept = frozenset((k, v) for k, v in run.settings.items() if not _is_neutral(k))
@@ -146,7 +146,7 @@ def _spread(runs: Sequence[Compared]) -> str:
         found = [run.results() for run in group]
         cells = [spread((each.get(name) for each in found), number) or "–" for name in names]
         rows.append([escape(title[:MAX_VALUE] or group[0].name), str(len(group)), *cells])
-    note = "<p>Mean and standard deviation over runs whose settings differ in the seed alone.</p>"
+    note = "<p>Mean and standard deviation over runs whose settings differ only in the seed.</p>"
     return note + table("Over seeds", ["settings", "runs", *names], rows)
 
 
@@ -154,7 +154,7 @@ Facts = Sequence[Mapping[str, str]]  # of each run
 
 
 def _differing(facts: Facts) -> list[tuple[str, list[str | None]]]:
-    """Return the facts that are not equal in all runs that have any."""
+    """Return the facts that differ between runs."""
     keys = dict.fromkeys(key for each in facts for key in each)
     return [
         (key, [each.get(key) for each in facts])
@@ -164,11 +164,11 @@ def _differing(facts: Facts) -> list[tuple[str, list[str | None]]]:
 
 
 def _differences(runs: Sequence[Compared], title: str, facts: Facts) -> str:
-    """Return a section with the facts that differ, with a column for each run."""
+    """Return a section with the differing facts, with a column for each run."""
     rows = [
         [escape(key), *(escape("–" if each is None else each[:MAX_VALUE]) for each in row)]
         for key, row in _differing(facts)
-        if key != "output_folder"  # It is the name.
+        if key != "output_folder"  # Shown as the name.
     ]
     names = ["", *(run.name for run in runs)]
     return section(title, table(title, names, rows, "words tall") if rows else "")

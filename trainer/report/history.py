@@ -1,7 +1,4 @@
-"""The records of a run, read from `metrics.jsonl` as curves and stages.
-
-Reading never fails on what is in the file: lines that are not records are counted and left out.
-"""
+"""The records of a run, read from `metrics.jsonl` as curves and stages."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from trainer.metrics import RESERVED
 
 
 class Curve:
-    """Values over ascending steps or epochs; NaN is a gap, where a value was not finite."""
+    """Values over ascending steps or epochs; NaN is a gap, for a non-finite value."""
 
     __slots__ = ("xs", "ys")
 
@@ -30,7 +27,7 @@ class Curve:
         self.xs, self.ys = array("d", xs), array("d", ys)
 
     def add(self, x: float, y: float | None) -> None:
-        """Append a point; one at or before an earlier x replaces all from there on."""
+        """Append a point; one at or before an earlier x replaces all points from there on."""
         xs = self.xs
         while xs and xs[-1] >= x:
             xs.pop()
@@ -43,7 +40,7 @@ class Curve:
         return [(x, y) for x, y in zip(self.xs, self.ys, strict=True) if math.isfinite(y)]
 
     def last(self) -> float:
-        """Return the last known value; NaN where there is none."""
+        """Return the last known value; NaN without any."""
         return ([math.nan] + [y for _, y in self.known()])[-1]
 
     def sum(self) -> float:
@@ -66,13 +63,13 @@ Curves = defaultdict[str, Curve]
 class History:
     """The records of a run.
 
-    Of several records of one stage and epoch (a resumed run, a repeated test, the summary of a
-    test) the last one counts.
+    Of several records of one stage and epoch (resumed run, repeated test, summary of a test) the
+    last counts.
     """
 
     # Curves of the step records by dotted name, such as "optimizers.main.lr".
     steps: Curves = field(default_factory=lambda: Curves(Curve))
-    # Curves of the monitor records, by optimizer and name: gradient norms of every step.
+    # Curves of monitor records by optimizer and name, such as gradient norms of every step.
     norms: dict[str, Curves] = field(default_factory=dict)
     layers: dict[str, Curves] = field(default_factory=dict)  # The same, by layer and name.
     warnings: list[tuple[float, str]] = field(default_factory=list)  # Step and text.
@@ -87,11 +84,11 @@ class History:
         return list(dict.fromkeys(".".join(parts[1:-1]) for parts in names))
 
     def of_step(self, name: str) -> Curve:
-        """Return a curve of the step records, empty where it was not logged."""
+        """Return a curve of the step records; empty if not logged."""
         return self.steps.get(name, Curve())
 
     def of_optimizer(self, optimizer: str, key: str) -> Curve:
-        """Return a curve of one optimizer, empty where it was not logged."""
+        """Return a curve of one optimizer; empty if not logged."""
         return self.of_step(f"optimizers.{optimizer}.{key}")
 
     def stage_names(self) -> list[str]:
@@ -136,13 +133,13 @@ def read_history(path: Path) -> History:
                 _add_monitor(history, step, record)
             elif "stage" in record:
                 key = (str(record["stage"]), str(record.get("epoch")))
-                # A later record replaces an earlier one; keys that only that one has are kept.
+                # A later record replaces an earlier one, but keeps its additional keys.
                 stages[key] = stages.pop(key, {}) | record
             else:
                 history.unreadable += 1
                 continue
             if _is_number(step):
-                history.last_step = max(history.last_step, int(step))  # A test alone has 0.
+                history.last_step = max(history.last_step, int(step))  # A run of only a test has 0.
     history.stages = list(stages.values())
     return history
 
@@ -198,9 +195,9 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _numbers(record: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
-    """Yield the numbers of a record with their dotted names; None for those that are unknown."""
+    """Yield the numbers of a record with their dotted names; None for unknown ones."""
     for name, value in numbers(record):
-        # Beyond 1e300 the distance of two numbers overflows: no chart could show them.
+        # Beyond 1e300 distances overflow, and no chart can show the numbers.
         if value is None or not abs(value) < 1e300:
             yield name, None
         else:

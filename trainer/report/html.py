@@ -1,12 +1,4 @@
-"""Parts of a page that is complete in one HTML file: no network, light and dark.
-
-Its only script is `script.js`, which a page does without: it shows values where a chart is pointed
-at, hides lines by their legend, and draws charts over time. The page's policy lets nothing else run
-and nothing be fetched, whatever is in the texts.
-
-The light colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart,
-darkened where a thin line on white needs it; each has a contrast of at least 3:1 to its background.
-"""
+"""Parts of a page that is complete in one HTML file: no network, light and dark."""
 
 from __future__ import annotations
 
@@ -27,7 +19,7 @@ POLICY = (
     "img-src data:; media-src data:"
 )
 
-# Characters that reorder the text around them, or that HTML cannot hold.
+# Characters that reorder text around them, or that HTML cannot hold.
 UNSEEN = dict.fromkeys(
     [*range(9), 11, 12, *range(14, 32), 127, *range(0x202A, 0x202F), *range(0x2066, 0x206A)],
     "\N{REPLACEMENT CHARACTER}",
@@ -35,7 +27,7 @@ UNSEEN = dict.fromkeys(
 
 
 def escape(text: str) -> str:
-    """Return a text as HTML that shows it and changes nothing around it."""
+    """Return a text escaped for HTML."""
     return _escape(text.translate(UNSEEN))
 
 
@@ -43,7 +35,7 @@ def document(title: str, header: str, main: str, style: str = "") -> str:
     """Return a page.
 
     Args:
-        title: text of the title and the first heading.
+        title: text of the title and first heading.
         header: HTML below that heading.
         main: HTML of the content.
         style: style sheet in addition to `style.css`.
@@ -61,7 +53,7 @@ def document(title: str, header: str, main: str, style: str = "") -> str:
 
 
 def section(title: str, content: str) -> str:
-    """Return a section with a heading; nothing where the content, which is HTML, is empty."""
+    """Return a section with a heading, or an empty text if its content (HTML) is empty."""
     if not content:
         return ""
     name = re.sub(r"\W+", "-", title.lower())
@@ -76,7 +68,7 @@ def _contents(main: str) -> str:
 
 
 def tiles(facts: Iterable[tuple[str, str, str]]) -> str:
-    """Return tiles, each with a name, a value in large letters, and a note, which may be empty."""
+    """Return tiles, each with a name, a value in large letters, and a note, maybe empty."""
     items = "".join(
         f"<li><span>{escape(name)}</span><strong>{escape(value)}</strong>"
         + (f"<small>{escape(note)}</small></li>" if note else "</li>")
@@ -86,14 +78,14 @@ def tiles(facts: Iterable[tuple[str, str, str]]) -> str:
 
 
 def table(label: str, heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """Return a table as HTML, which scrolls sideways where it is too wide.
+    """Return a table as HTML; it scrolls sideways if too wide.
 
     Args:
         label: name of the table for screen readers.
         heads: heading of each column, as text.
         rows: cells of each row, as HTML; the first one is the heading of the row.
-        kind: classes of the style sheet: "tall" limits the height and lets row headings wrap,
-            "words" is for text, which wraps in every cell.
+        kind: classes of the style sheet: "tall" limits the height and wraps row headings, "words"
+            wraps text in every cell.
     """
     head = "".join(f'<th scope="col">{escape(each)}</th>' for each in heads)
     body = "".join(

@@ -24,12 +24,12 @@ from trainer.report.samples import read_tables, render_tables
 MAX_STAGES = 30  # Rows of the table of stages.
 MAX_LAYERS = 300  # Rows of the table of layers.
 MAX_POINTS = 40  # Points of a sparkline.
-MAX_SKIPPED = 20  # Skipped steps that are listed.
-MAX_CHARACTERS = 200_000  # Characters of a file that are shown.
+MAX_SKIPPED = 20  # Listed skipped steps.
+MAX_CHARACTERS = 200_000  # Shown characters of a file.
 MAX_COMMANDS = 50  # Lines of command.txt.
-MAX_TIMES = 200  # Points of the training time by step, from which charts are drawn over time.
-LAST_LINES = 60  # of train.log, in which an error is looked for
-# Lines of train.log: an error that ends a run, and signs of a later start that goes on.
+MAX_TIMES = 200  # Points of the training time by step, for charts over time.
+LAST_LINES = 60  # of train.log, searched for an error
+# Lines of train.log: an error that ends a run, and signs of a later start.
 ERROR = re.compile(r"Traceback \(most recent call last\)|^\S+ \S+ stopped: rank")
 GOES_ON = re.compile(r"^[\d: -]{19} (epoch \d+ |test: |resuming |testing )")
 ENVIRONMENT = ("python", "torch", "cuda", "gpus", "platform", "machines", "ranks", "cores", "git")
@@ -78,24 +78,24 @@ def chart_sections(found: Iterable[tuple[str, Sequence[Chart]]]) -> str:
 
 
 def clocks(histories: Iterable[History]) -> str:
-    """Return the training time by step of each run, for the script: [[steps], [seconds]] …."""
+    """Return the training times of each run by step, for the script: [[steps], [seconds]] …."""
     found = []
     for history in histories:
         known = history.of_step("seconds").known()
         known = known[:: max(1, len(known) // MAX_TIMES)] + known[-1:]
         times: dict[float, float] = {}
         for step, seconds in known:
-            times[step] = max(seconds, *list(times.values())[-1:], 0.0)  # Never backwards.
+            times[step] = max(seconds, *list(times.values())[-1:], 0.0)  # Ascending.
         found.append([list(times), [round(each, 1) for each in times.values()]])
     return f'<script type="application/json" id="clocks">{json.dumps(found)}</script>'
 
 
 def _time(history: History) -> str:
-    """Return bars and tables of the time that the parts of a step, and the stages, take."""
+    """Return bars and tables of the times of the parts of a step, and of the stages."""
     step = {}
     for part in PARTS:
         curve = history.of_step(f"times.{part}")
-        if known := len(curve.known()):  # A save is of all steps since the last record.
+        if known := len(curve.known()):  # A save belongs to all steps since the last record.
             step[part] = 1000 * curve.sum() / max(1, history.last_step if part == "save" else known)
     stages: dict[str, float] = {}
     for record in history.stages:
@@ -119,7 +119,7 @@ def _time(history: History) -> str:
 
 
 def last_lines(folder: Path) -> str:
-    """Return the last lines of the log, as HTML, of a run that an error has ended."""
+    """Return the last lines of the log as HTML, if an error has ended the run."""
     lines = tail(folder / "train.log", LAST_LINES)
     starts = [n for n, line in enumerate(lines) if ERROR.search(line)]
     if not starts or any(GOES_ON.search(line) for line in lines[starts[-1] :]):
@@ -129,7 +129,7 @@ def last_lines(folder: Path) -> str:
 
 
 def tail(path: Path, most: int) -> list[str]:
-    """Return the last lines of a text file; none of one that cannot be read."""
+    """Return the last lines of a text file; empty if it cannot be read."""
     try:
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)
@@ -159,7 +159,7 @@ def _status(folder: Path, history: History) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration for people, such as "2 h 05 min"."""
+    """Format a duration, such as "2 h 05 min"."""
     hours, minutes = int(seconds // 3600), int(seconds // 60 % 60)
     if hours:
         return f"{hours} h {minutes:02} min"
@@ -195,15 +195,14 @@ def _tiles(history: History) -> str:
 
 
 def warning_list(items: str) -> str:
-    """Return list items as a box of warnings; nothing where there is none."""
+    """Return list items as a box of warnings, or an empty text without any."""
     return f'<ul class="warnings">{items}</ul>' if items else ""
 
 
 def _nonfinite_reports(folder: Path) -> dict[int, str]:
-    """Return the skipped steps that were investigated, with their causes as list items.
+    """Return the investigated skipped steps, with their causes as list items.
 
-    A step has one report, or one for each process whose own batch was bad. Those that cannot be
-    read are left out.
+    A step has one report, or one for each process with a bad batch. Unreadable ones are left out.
     """
     found = []
     for path in sorted(folder.glob("nonfinite/**/report.json")):
@@ -224,7 +223,7 @@ def _nonfinite_reports(folder: Path) -> dict[int, str]:
 
 
 def _layers(history: History) -> str:
-    """Return a table with a row for each layer: the last values and their history."""
+    """Return a table with a row for each layer: last values and their history."""
     rows = []
     for name, curves in islice(history.layers.items(), MAX_LAYERS):
         grad, weight, ratio = (curves.get(key, Curve()) for key in ("grad", "weight", "ratio"))
@@ -240,7 +239,7 @@ def _layers(history: History) -> str:
 
 
 def _spark(curve: Curve, name: str) -> str:
-    """Return a sparkline: a small line drawing for a cell of a table."""
+    """Return a sparkline: a small line chart for a cell of a table."""
     known = curve.known()
     known = known[:: max(1, math.ceil(len(known) / MAX_POINTS))]
     if len(known) < 2:
@@ -256,7 +255,7 @@ def _spark(curve: Curve, name: str) -> str:
 
 
 def _stages(history: History) -> str:
-    """Return a table of the last stages, the newest first."""
+    """Return a table of the last stages, newest first."""
     measures, rows = history.measures(), []
     for record in reversed(history.stages[-MAX_STAGES:]):
         values = {**record, **dict(measures_of(record))}
@@ -270,16 +269,16 @@ def _stages(history: History) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Return a value of a stage as HTML; "lost" for one that was not finite."""
+    """Return a value of a stage as HTML; "lost" for a non-finite one."""
     if isinstance(value, (int, float)):
         return count(value)
-    if isinstance(value, Mapping):  # Several losses, which have columns of their own.
+    if isinstance(value, Mapping):  # Several losses have columns of their own.
         return ""
     return "lost" if value is None else escape(str(value))
 
 
 def _settings(folder: Path) -> str:
-    """Return the options of each start on the command line, and changes between two starts."""
+    """Return the command-line options of each start, and the changes between starts."""
     rows: list[list[str]] = []
     commands, changes = commands_of(tail(folder / "command.txt", MAX_COMMANDS))
     for when, words in commands:
@@ -302,7 +301,7 @@ def _environment(folder: Path) -> str:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return versions and machine of a run as words; empty where they cannot be read."""
+    """Return versions and machine of a run as texts; empty if they cannot be read."""
     known = json_files.read_mapping(folder, folder / "environment.json")
     return {name: _words(known[name]) for name in ENVIRONMENT if name in known}
 
@@ -314,7 +313,7 @@ def _words(value: Any) -> str:
 
 
 def _files(folder: Path) -> str:
-    """Return the command, the settings and the environment, folded away."""
+    """Return the command, the settings and the environment, collapsed."""
     parts = ""
     for title, name in FILES:
         path = folder / name

@@ -12,16 +12,16 @@ from trainer.report.history import Curve, History
 
 STEP = "optimizer step"
 PARTS = ("data", "forward", "backward", "step", "save")  # of the time of a step
-MAX_EVENTS = 200  # Steps not taken that a chart marks.
+MAX_EVENTS = 200  # Lost steps marked in a chart.
 REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
     "largest": max, "median": statistics.median, "smallest": min,
 }  # fmt: skip
 
 
 def sections(history: History, lost: Sequence[Event] = ()) -> list[tuple[str, list[Chart]]]:
-    """Return the charts by heading; those over steps mark the steps that were not taken.
+    """Return the charts by heading; charts over steps mark lost steps.
 
-    There are also charts without a line, which the page leaves out.
+    The page leaves out charts without a line.
     """
     found = [
         ("Losses and metrics", [_training_loss(history), *_by_epoch(history)]),
@@ -39,7 +39,7 @@ def sections(history: History, lost: Sequence[Event] = ()) -> list[tuple[str, li
 def lost_steps(history: History, reported: Iterable[int]) -> list[Event]:
     """Return the skipped and overflowed steps, each at the end of its log interval.
 
-    Those that are ``reported`` have a report, which the page has under "step-N".
+    The page has reports of the ``reported`` ones under "step-N".
     """
     found = []
     for kind in ("skipped", "overflowed"):
@@ -56,12 +56,12 @@ def lost_steps(history: History, reported: Iterable[int]) -> list[Event]:
 
 
 def is_loss(measure: str) -> bool:
-    """Return True for the dotted name of a loss, among those of losses and metrics."""
+    """Return True for the dotted name of a loss, False for that of a metric."""
     return measure.split(".")[0] == "loss"
 
 
 def display_name(measure: str) -> str:
-    """Return a dotted name for people: "loss of generator" for "loss.generator"."""
+    """Return a dotted name in words: "loss of generator" for "loss.generator"."""
     return measure.replace("loss.", "loss of ", 1) if measure.startswith("loss.") else measure
 
 
@@ -75,7 +75,7 @@ def _add(
 
 
 def _colours(history: History) -> dict[str, int]:
-    """Return the colour that an optimizer and the loss of its name have in all charts."""
+    """Return the colour of each optimizer, and of the loss of its name, in all charts."""
     losses = [key[5:] for key in history.steps if key.startswith("loss.")]
     names = dict.fromkeys([*history.optimizers(), *losses])
     return {name: colour for colour, name in enumerate(names)}
@@ -91,7 +91,7 @@ def _training_loss(history: History) -> Chart:
 
 
 def _by_epoch(history: History) -> list[Chart]:
-    """Return a chart over the epochs for each loss and metric, training beside validation."""
+    """Return a chart over epochs for each loss and metric, with training and validation."""
     charts = []
     for measure in history.measures():
         name = display_name(measure)  # Names of metrics keep their case.
@@ -130,7 +130,7 @@ def _optimization(history: History) -> list[Chart]:
 
 
 def _norms(history: History, name: str, colour: int) -> Chart:
-    """Return the gradient norm before clipping, its peaks, the limit, and the share clipped."""
+    """Return a chart of the norm before clipping, its peaks, the limit and the share clipped."""
     of = f" of {name}" if len(history.optimizers()) > 1 else ""
     chart = Chart(f"Gradient norm{of}", STEP, "L2 norm before clipping")
     _add(chart, "largest", history.of_optimizer(name, "norm_max"), colour, "faint")
@@ -148,7 +148,7 @@ def _norms(history: History, name: str, colour: int) -> Chart:
 
 
 def _every_step(history: History, name: str) -> Chart:
-    """Return the norms of all steps, before and after clipping."""
+    """Return a chart of the norms of all steps, before and after clipping."""
     of = f" of {name}" if len(history.optimizers()) > 1 else ""
     chart = Chart(f"Gradient norm{of}, every step", STEP, "L2 norm")
     curves = history.norms[name]

@@ -1,7 +1,7 @@
 """The samples of runs as HTML: players, pictures, aligned texts, matrices and histograms.
 
-What is in the folder `samples` of a run may come from elsewhere: what cannot be read is left out,
-texts are escaped, and files are taken from within the folder alone.
+The folder `samples` of a run may come from elsewhere: unreadable content is left out, texts are
+escaped, and files are read only from within the folder.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from trainer.report.chart import Chart, Series, draw
 from trainer.report.html import escape, section
 from trainer.untrusted import confined
 
-MAX_EMBEDDED = 6_500_000  # bytes of the files in a page, which base64 makes 8.7 MB
+MAX_EMBEDDED = 6_500_000  # bytes of the files in a page; 8.7 MB in base64
 MAX_TEXT = 20_000  # characters of a cell
-MAX_FACT = 40  # characters of a text that is shown beside numbers, and not below its name
+MAX_FACT = 40  # characters of a text shown beside numbers, not below its name
 # Types and first bytes of the files.
 TYPES = {
     ".flac": ("audio/flac", b"fLaC"), ".wav": ("audio/wav", b"RIFF"),
@@ -33,12 +33,12 @@ TYPES = {
 ERRORS = {"S": "substituted", "D": "deleted", "I": "inserted"}
 
 Row = dict[str, Any]
-Uri = Callable[[object], str | None]  # Returns a file as a data: URI; see `Embedder.uri`.
+Uri = Callable[[object], str | None]  # See `Embedder.uri`.
 
 
 @dataclass
 class Table:
-    """Samples of one title, as a run folder has them."""
+    """Samples of one title from a run folder."""
 
     folder: Path
     title: str
@@ -48,13 +48,13 @@ class Table:
 
 @dataclass
 class Embedder:
-    """Embeds files in a page, up to `MAX_EMBEDDED` bytes in all."""
+    """Embeds files in a page, up to `MAX_EMBEDDED` bytes in total."""
 
     left: int = MAX_EMBEDDED
     missing: list[str] = field(default_factory=list)
 
     def uri(self, folder: Path, name: object) -> str | None:
-        """Return a file as a data: URI; None if it is no such file, or the page has no room."""
+        """Return a file as a data: URI; None if it is not such a file, or the page is full."""
         kind, content = read_file(folder, name, self.left)
         if len(content) > self.left:
             self.missing.append(str(name))
@@ -77,7 +77,7 @@ def read_file(folder: Path, name: object, most: int) -> tuple[str, bytes]:
 
 
 def read_tables(folder: Path) -> list[Table]:
-    """Return the samples of a run folder, those of the test first."""
+    """Return the samples of a run folder, first those of the test."""
     found = []
     for path in sorted((folder / SAMPLES).glob(f"*/{TABLE}"))[: 2 * MAX_SETS]:
         table = json_files.read_mapping(folder, path)
@@ -99,7 +99,7 @@ def read_tables(folder: Path) -> list[Table]:
 
 
 def render_tables(runs: Mapping[str, Sequence[Table]]) -> str:
-    """Return a section for each title, with the rows of equal ids of all runs, by their names.
+    """Return a section for each title, with the rows of all runs (by name) grouped by id.
 
     The name of a single run is not shown.
     """
@@ -107,7 +107,7 @@ def render_tables(runs: Mapping[str, Sequence[Table]]) -> str:
     titles = dict.fromkeys(table.title for tables in runs.values() for table in tables)
     for title in titles:
         tables = {run: table for run, own in runs.items() for table in own if table.title == title}
-        # In the order of the first run, then those that only others have.
+        # In the order of the first run, then ids that only others have.
         ids = dict.fromkeys(name for table in tables.values() for name in _by_id(table))
         facts = {run: table.facts for run, table in tables.items() if table.facts}
         if len({*facts.values()}) == 1:
@@ -142,7 +142,7 @@ def render_tables(runs: Mapping[str, Sequence[Table]]) -> str:
 
 
 def _by_id(table: Table) -> dict[str, Row]:
-    """Return the rows by their ids, or by their numbers where they have none."""
+    """Return the rows by id, or by number if they have none."""
     found = {}
     for place, row in enumerate(table.rows, 1):
         cell = row.get("id", {})
@@ -155,7 +155,7 @@ def _by_id(table: Table) -> dict[str, Row]:
 
 
 def _row(row: Row, uri: Uri, id: str) -> str:
-    """Return the cells of a row: numbers and short texts first, then all others."""
+    """Return the cells of a row: first numbers and short texts, then all others."""
     facts = cells = ""
     for name, cell in row.items():
         shown = _fact(cell)
@@ -168,7 +168,7 @@ def _row(row: Row, uri: Uri, id: str) -> str:
 
 
 def _fact(cell: Row) -> str | None:
-    """Return a number, or a text that is a few words, as HTML; None for any other cell."""
+    """Return a number or a short text as HTML; None for any other cell."""
     if cell.get("kind") == "number":
         value = cell.get("value")
         return number(value) if isinstance(value, (int, float)) else "lost"
@@ -230,7 +230,7 @@ def _image(name: object, label: str, uri: Uri) -> str:
 
 
 def _aligned(pairs: Sequence[Sequence[str | None]]) -> str:
-    """Return each token over what was recognised for it, with the letter of an error."""
+    """Return each token above the recognised one, with the letter of an error."""
     items = ""
     for said, heard in pairs:
         error = "" if said == heard else "I" if said is None else "D" if heard is None else "S"

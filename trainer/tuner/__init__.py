@@ -1,11 +1,11 @@
-"""Searches for the clip limit and the learning rate of each optimizer, in place of a training.
+"""Searches for the clip limit and the learning rate of each optimizer, instead of training.
 
     python train.py demo.yaml --find_clip
     python train.py demo.yaml --find_lr --find_clip
 
-Any recipe can be searched, without a line in it. The first `fit` runs short trials on the recipe's
-own data, each from the state of a new run, and ends the program with a recommendation for each
-optimizer, and a page and a JSON file in the run folder. Nothing of the trials is kept.
+Searches work with any recipe, unchanged. The first `fit` runs short trials on the recipe's own
+data, each from the state of a new run, and ends the program with a recommendation for each
+optimizer, and a page and a JSON file in the run folder. The trials leave nothing else.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ INTERACTION = (
 
 
 class SearchOver(DriverFinished):
-    """End of a search, with its suggestions by option ("find_clip", "find_lr") and optimizer."""
+    """End of a search, with suggestions by option ("find_clip", "find_lr") and optimizer."""
 
     def __init__(self, findings: dict[str, Suggestions]) -> None:
         super().__init__()
@@ -50,10 +50,10 @@ class SearchOver(DriverFinished):
 
 
 def search(brain: Brain, arguments: FitArguments) -> NoReturn:
-    """Run the searches that the options ask for, print the results and write them. Collective.
+    """Run the searches of the run options, print and write the results. Collective.
 
-    This is the driver of `Brain.fit` under ``--find_lr`` and ``--find_clip``. The Brain is as
-    before afterwards.
+    This is the driver of `Brain.fit` under ``--find_lr`` and ``--find_clip``. The state of the
+    Brain is restored.
 
     Raises:
         SearchOver: when done.
@@ -80,7 +80,7 @@ def _report(brain: Brain, findings: Mapping[str, Suggestions]) -> None:
     """Print the suggestions, also as options for the command line, and write the files."""
     several = len(brain.updates) > 1
     for kind, found in findings.items():
-        # For the option max_grad_norm: the recipe's own limit where none is suggested.
+        # For the option max_grad_norm; without a suggestion, the recipe's own limit.
         limits = {}
         for name, each in found.items():
             print(f"{kind}: {f'{name}: ' if several else ''}{each.sentence()}", flush=True)
@@ -98,5 +98,5 @@ def _report(brain: Brain, findings: Mapping[str, Suggestions]) -> None:
         try:
             for path in write_findings(folder, findings, notes, options.find_steps):
                 logger.info("written: %s", path)
-        except OSError as error:  # A full disk: what was found is on the screen.
+        except OSError as error:  # A full disk; the results are on the screen.
             logger.warning("the files of the search are not complete: %s", error)

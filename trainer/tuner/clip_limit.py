@@ -1,4 +1,4 @@
-"""Clip-limit search: trials under 1 and percentiles of the gradient sizes, then around the best."""
+"""Clip-limit search: trials at 1 and at percentiles of the gradient sizes, then around the best."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from trainer.tuner.trial import MEASURES, TrialResult, TrialRunner, mean, replac
 logger = logging.getLogger("trainer")
 
 FIRST_LIMIT = 1.0
-TRIED_PERCENTILES = (50, 90)  # Limits that are tried in every search.
-STRIDE = 4.0  # From the lowest and highest limit tried to the next one.
-MIN_GAP = 1.5  # Ratio of neighbouring limits that are not bisected.
-PERCENTILES = (1, 10, 25, 50, 75, 90, 99, 100)  # Reported of the gradient sizes.
-# A trial is as good as the best one if its loss at the end is that of the best one `MAX_LAG` of the
+TRIED_PERCENTILES = (50, 90)  # Limits tried in every search.
+STRIDE = 4.0  # Factor from the lowest or highest limit to the next one.
+MIN_GAP = 1.5  # Ratio of neighbouring limits that is not bisected.
+PERCENTILES = (1, 10, 25, 50, 75, 90, 99, 100)  # Reported percentiles of gradient sizes.
+# A trial is as good as the best one if its final loss is that of the best one `MAX_LAG` of the
 # steps earlier, or worse by at most `MAX_SHORTFALL` of the best one's progress: smaller differences
-# are chance in so few steps.
+# are chance.
 MAX_LAG, MAX_SHORTFALL = 0.1, 0.01
 
 
 @dataclass
 class ClipSuggestion:
-    """Suggested clip limit of an optimizer, and the trials that it comes from."""
+    """Suggested clip limit of an optimizer, with its trials."""
 
-    kind: str  # Class of the clippers that were tried, a key of `MEASURES`.
+    kind: str  # Class of the tried clippers, a key of `MEASURES`.
     limit: float | None  # None if no trial learned anything.
-    reason: str  # How the trials led to it.
+    reason: str  # Explanation from the trials.
     lr: float  # Learning rate of the trials.
-    needed: bool = False  # True if training without clipping did worse than the best trial.
-    as_good: list[float] = field(default_factory=list)  # Limits that did as well, ascending.
-    clipped: float = 0.0  # Share of the steps that were clipped under it, from 0 to 1.
+    needed: bool = False  # True if training without clipping was worse than the best trial.
+    as_good: list[float] = field(default_factory=list)  # Equally good limits, ascending.
+    clipped: float = 0.0  # Share of steps that it clipped, from 0 to 1.
     # Percentiles of the gradient size without clipping, by percent.
     percentiles: dict[int, float] = field(default_factory=dict)
     trials: list[TrialResult] = field(default_factory=list)  # By ascending limit.
@@ -50,7 +50,7 @@ class ClipSuggestion:
         return f"{what}: {self.reason}. {measure} without clipping at {sizes}; lr {self.lr:.3g}."
 
     def record(self) -> dict[str, Any]:
-        """Return everything by its name in the JSON file."""
+        """Return the fields by their names in the JSON file."""
         return {**vars(self), "trials": [each.record() for each in self.trials]}
 
 
@@ -61,7 +61,7 @@ def find_limit(runner: TrialRunner, name: str, ratios: Mapping[str, float]) -> C
     """
     brain = runner.brain
     update, options = brain.updates[name], brain.options
-    # Kinds without a fixed limit, such as adaptive ones, are replaced by clipping the joint norm.
+    # Kinds without a fixed limit, such as adaptive ones, are replaced by NormClip.
     own = type(update.clip) in (NormClip, LayerClip, ValueClip)
     clip = copy.copy(update.clip) if own else NormClip()
 
@@ -80,10 +80,10 @@ def find_limit(runner: TrialRunner, name: str, ratios: Mapping[str, float]) -> C
 def search_limits(trial: Callable[[float], TrialResult], max_trials: int) -> list[TrialResult]:
     """Try limits: none, 1, percentiles of the gradient sizes, then limits around the best.
 
-    If the best limit so far is the lowest that was tried, the next one is a fourth of it; if it is
-    the highest, four times it, unless it is above all gradients already. Otherwise the next one is
-    the geometric middle of the wider gap between the best limit and its neighbours. Trials are at
-    most ``max_trials``, which is 4 or more.
+    After the lowest limit so far comes a fourth of it, if it is the best; after the highest, four
+    times it, unless it is above all gradients. Otherwise the next limit is the geometric middle of
+    the wider gap between the best limit and its neighbours. There are at most ``max_trials``
+    trials, 4 or more.
     """
     tried: dict[float, TrialResult] = {}
 
@@ -107,7 +107,7 @@ def search_limits(trial: Callable[[float], TrialResult], max_trials: int) -> lis
 
 
 def _next_limit(trials: Iterable[TrialResult], largest: float) -> float | None:
-    """Return the limit to try next; None where the best is known closely enough."""
+    """Return the limit to try next; None if the best is known closely enough."""
     limited = sorted((each for each in trials if each.limit < math.inf), key=attrgetter("limit"))
     place = min(range(len(limited)), key=lambda i: limited[i].rank)
     best = limited[place].limit
@@ -124,9 +124,9 @@ def _next_limit(trials: Iterable[TrialResult], largest: float) -> float | None:
 def suggest_limit(kind: str, trials: Sequence[TrialResult], rate: float) -> ClipSuggestion:
     """Suggest a limit from trials.
 
-    Where clipping does not help, this is the largest limit that does no harm: it changes the fewest
-    steps, and guards against spikes. Where clipping helps, it is the middle of the limits that do
-    best, since training fails above them. One of the trials is without clipping.
+    If clipping does not help, this is the largest limit that does no harm: it changes the fewest
+    steps, and guards against spikes. If clipping helps, it is the middle of the best limits, since
+    training fails above them. One of the trials must be without clipping.
     """
     trials = sorted(trials, key=attrgetter("limit"))
     free, best = trials[-1], min(trials, key=attrgetter("rank"))
@@ -175,7 +175,7 @@ def suggest_limit(kind: str, trials: Sequence[TrialResult], rate: float) -> Clip
 
 
 def _round(value: float, up: bool = False) -> float:
-    """Round a limit to two digits, to the nearest or ``up``; 0 and infinity stay."""
+    """Round a limit to two digits, to the nearest or ``up``; keep 0 and infinity."""
     if not 0 < value < math.inf:
         return value
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)

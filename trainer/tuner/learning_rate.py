@@ -1,9 +1,9 @@
-"""Learning-rate range test: one trial over all rates, which finds where the loss falls fastest.
+"""Learning-rate range test: one trial over all rates, to find where the loss falls fastest.
 
 Smith 2017, "Cyclical learning rates for training neural networks", section 3.3 (arXiv 1506.01186),
-with two changes. The rates rise exponentially. From the loss of each step is subtracted the loss of
-the same batches with all learning rates at 0, so that the curve shows learning rather than the
-difference between batches.
+with two changes. The rates rise exponentially. The loss of the same batches with all learning rates
+at 0 is subtracted from the loss of each step, so that the curve shows learning, not differences
+between batches.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trainer")
 
 MIN_RATE, MAX_RATE = 1e-6, 10.0
-MIN_PROGRESS = 0.01  # Share of the loss that it must fall by.
-# The rate of the lowest loss over the largest rate suggested: at the former a longer training would
+MIN_PROGRESS = 0.01  # Relative fall of the loss that counts.
+# Rate of the lowest loss over the largest suggested rate: at the former, a longer training would
 # soon diverge.
 MARGIN = 3.0
 
 
 @dataclass
 class RateSuggestion:
-    """Suggested learning rate of an optimizer, and the curve that it was read from."""
+    """Suggested learning rate of an optimizer, with its curve."""
 
-    lr: float | None  # None where the loss fell at no rate.
-    reason: str  # Where the loss fell, and where it diverged.
+    lr: float | None  # None if the loss fell at no rate.
+    reason: str  # Rates at which the loss fell and diverged.
     own: float  # The recipe's rate.
     limit: float  # The recipe's clip limit.
-    lowest: float | None = None  # Rate at which the loss was lowest.
+    lowest: float | None = None  # Rate of the lowest loss.
     diverged: float | None = None  # Rate at which it diverged; None if it never did.
-    rates: list[float] = field(default_factory=list)  # Of each step.
-    losses: list[float] = field(default_factory=list)  # Of each step.
+    rates: list[float] = field(default_factory=list)  # Rate of each step.
+    losses: list[float] = field(default_factory=list)  # Loss of each step.
     at_rest: list[float] = field(default_factory=list)  # Losses of the same batches at rates of 0.
     change: list[float] = field(default_factory=list)  # Smoothed differences losses - at_rest.
 
     @property
     def ratio(self) -> float:
-        """Suggested rate over the recipe's own; 1 where there is no suggestion."""
+        """Suggested rate over the recipe's own; 1 without a suggestion."""
         return 1.0 if self.lr is None or not self.own else self.lr / self.own
 
     def sentence(self) -> str:
@@ -105,7 +105,7 @@ def base_rates(update: Update) -> list[float]:
 
 
 def scale_rates(brain: Brain, ratios: Mapping[str, float]) -> None:
-    """Multiply the learning rates of optimizers, by name, and the base rates of their schedules."""
+    """Multiply rates of optimizers, and base rates of their schedules, by ``ratios``, by name."""
     for name, ratio in ratios.items():
         update = brain.updates[name]
         groups = update.optimizer.param_groups
@@ -126,14 +126,14 @@ def suggest_rate(
 ) -> RateSuggestion:
     """Suggest the rate at which the loss falls most steeply, before its minimum.
 
-    ``reference`` has the loss of each step with all rates at 0. The loss has diverged where it is
-    as far above the reference as it was below it at its lowest. ``own`` and ``limit`` are the
-    recipe's learning rate and clip limit.
+    ``reference`` has the loss of each step with all rates at 0. The loss has diverged once it is as
+    far above the reference as its minimum was below it. ``own`` and ``limit`` are the recipe's
+    learning rate and clip limit.
     """
     losses = result.losses
     change = [loss - rest for loss, rest in zip(losses, reference, strict=False)]
     number = len(change)
-    reach = max(1, number // 40)  # Neighbours on each side to average over: without a lag.
+    reach = max(1, number // 40)  # Neighbours on each side to average over, without a lag.
     change = [mean(change[max(0, i - reach) : i + reach + 1]) for i in range(number)]
     size = mean([abs(loss) for loss in reference[:number]])
     end, best = number, 0.0

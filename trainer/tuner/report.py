@@ -28,7 +28,7 @@ def write_findings(
 ) -> list[Path]:
     """Write ``find_clip.html``/``.json`` and ``find_lr.html``/``.json``; return their paths.
 
-    ``findings`` are suggestions by option and optimizer; ``notes`` say how to read them.
+    ``findings`` are suggestions by option and optimizer; ``notes`` explain them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -81,7 +81,7 @@ def _rate_charts(found: RateSuggestion) -> list[Chart]:
 
 
 def _cut(values: Sequence[float]) -> list[float]:
-    """Replace values far above those at the start by gaps: the others keep a readable scale."""
+    """Replace values far above the first ones by gaps, for a readable scale."""
     start = values[: max(1, len(values) // 4)]
     low, high = min(values, default=0.0), max(start, default=0.0)
     top = high + max(high - low, abs(high) * 0.01)
@@ -89,7 +89,7 @@ def _cut(values: Sequence[float]) -> list[float]:
 
 
 def _clip_charts(found: ClipSuggestion) -> list[Chart]:
-    """Return charts of the last losses over the limits, of some trials, and of the gradients."""
+    """Return charts of the final losses by limit, of some trials, and of the gradients."""
     *limited, free = found.trials
     limits = [each.limit for each in limited]
     ends = [each.end_loss if each.end_loss < math.inf else math.nan for each in limited]

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trainer")
 
 MIN_STEPS = 10  # Fewest steps of a meaningful trial.
-MAX_PROBED = 100  # Batches within which every optimizer must be used once.
-# A trial ends where its loss exceeds that of the model at rest by this multiple of the latter.
+MAX_PROBED = 100  # Batches within which every optimizer must step once.
+# A trial ends once its loss exceeds that of the model at rest by this multiple of the latter.
 DIVERGED = 3.0
-# What a clipper of each kind compares with its limit.
+# Measure that a clipper of each kind compares with its limit.
 MEASURES = {
     "NormClip": "norm of the gradient",
     "LayerClip": "largest norm of a layer",
@@ -42,16 +42,16 @@ class TrialResult:
     """Steps of one optimizer in a trial."""
 
     limit: float = math.inf  # Clip limit of the trial.
-    losses: list[float] = field(default_factory=list)  # Of each step that was taken.
-    # Gradient size of each step that was taken, before clipping, as the clipper measures it.
+    losses: list[float] = field(default_factory=list)  # Loss of each taken step.
+    # Gradient size of each taken step before clipping, as the clipper measures it.
     norms: list[float] = field(default_factory=list)
-    clipped: int = 0  # Number of steps that were clipped.
-    skipped: int = 0  # Steps in which something was not finite.
-    failed: bool = False  # Ended early: too many steps were skipped, or it diverged.
+    clipped: int = 0  # Number of clipped steps.
+    skipped: int = 0  # Number of non-finite steps.
+    failed: bool = False  # True if it ended early: too many skipped steps, or divergence.
 
     @property
     def steps(self) -> int:
-        """Number of steps that were taken or skipped."""
+        """Number of taken and skipped steps."""
         return len(self.losses) + self.skipped
 
     @property
@@ -68,16 +68,16 @@ class TrialResult:
 
     @property
     def rank(self) -> tuple[int, float]:
-        """Order of trials, the best first: the fewest skipped steps, the lowest loss at the end."""
+        """Sort key, best first: fewest skipped steps, then lowest final loss."""
         return self.skipped, self.end_loss
 
     @property
     def clipped_share(self) -> float:
-        """Share of the steps that were clipped, from 0 to 1."""
+        """Share of clipped steps, from 0 to 1."""
         return self.clipped / max(1, len(self.losses))
 
     def record(self) -> dict[str, Any]:
-        """Return everything by its name in the JSON file."""
+        """Return the fields by their names in the JSON file."""
         return {
             "limit": self.limit, "start": self.start_loss, "end": self.end_loss,
             "clipped": self.clipped_share, "skipped": self.skipped, "ended_early": self.failed,
@@ -86,10 +86,10 @@ class TrialResult:
 
 
 class TrialRunner:
-    """Runs trials, each of which begins with the first batch of a new run.
+    """Runs trials, each from the first batch of a new run.
 
     The Brain is in a `Brain.sandbox`, which appends the report of every loss to ``reports``, and
-    brought to its first batch by `Brain.start_training`.
+    `Brain.start_training` has brought it to its first batch.
     """
 
     def __init__(self, brain: Brain, feed: DataFeed, reports: list[StepReport]) -> None:
@@ -99,7 +99,7 @@ class TrialRunner:
 
     @contextmanager
     def trial(self) -> Iterator[None]:
-        """Context manager around a trial: silences its warnings, and restores the state on exit."""
+        """Context manager around a trial that silences warnings, and restores the state on exit."""
         with replaced(logger, "disabled", True), modes_kept(self.brain.modules):
             try:
                 yield
@@ -107,7 +107,7 @@ class TrialRunner:
                 self._snapshot.restore()
 
     def optimizers(self) -> list[str]:
-        """Return the names of the optimizers that `Brain.optimize` is called for."""
+        """Return the names of the optimizers that the recipe passes to `Brain.optimize`."""
         names: set[str] = set()
         with self.trial():
             for _ in islice(self._train_batches(), MAX_PROBED):
@@ -131,7 +131,7 @@ class TrialRunner:
         """Train for a number of steps of an optimizer, within a `trial`. Collective.
 
         ``before_batch`` is called with the number of steps so far. The trial ends early once its
-        loss is far above ``reference``, the losses of the same steps where nothing is learned.
+        loss is far above ``reference``, the losses of the same steps without learning.
         """
         result, update = TrialResult(), self.brain.updates[name]
 
@@ -168,7 +168,7 @@ class TrialRunner:
         return TrialResult(**distributed.broadcast_json(asdict(result)))
 
     def _train_batches(self, before_batch: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Train on one batch after the other; end the run if a signal has asked any rank to."""
+        """Train on one batch after another; end the run if any rank was asked to stop."""
         progress = self.brain.progress
         for batch, is_last in self._feed.from_batch(progress.epoch, progress.step):
             before_batch()
@@ -181,7 +181,7 @@ class TrialRunner:
 
 
 def gradient_size(clip: Any, gradients: Gradients) -> float:
-    """Return the size of gradients that a clipper compares with its limit: see `MEASURES`."""
+    """Return the gradient size that a clipper compares with its limit; see `MEASURES`."""
     if isinstance(clip, ValueClip):
         return max(gradients.extra[0])
     if isinstance(clip, LayerClip):

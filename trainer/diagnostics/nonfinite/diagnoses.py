@@ -1,4 +1,4 @@
-"""Diagnoses: known causes of non-finite losses and gradients, and what to do about each."""
+"""Diagnoses: known causes of non-finite losses and gradients, each with advice."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from trainer.diagnostics.nonfinite.serialize import batch_fields, data_and_lengt
 from trainer.texts import first_names
 from trainer.tree import leaves
 
-MAX_NAMED = 5  # Examples that a sentence names.
+MAX_NAMED = 5  # Examples named in a message.
 LARGE = 1e9  # A power of a larger number overflows.
 # Names of fields that hold targets.
 TARGETS = re.compile(r"tok|target|label|char|phn|phon|text|word|trans|y$")
-# Autograd functions, and why their derivative is not finite.
+# Autograd functions, and the reason why their derivative is not finite.
 BACKWARD = (
     (r"Sqrt|Norm|Std|Var|Cdist|Dist", "the derivative of a square root (or norm, or standard "
      "deviation) at 0 is infinite: add a small number under the root, or clamp"),
@@ -37,7 +37,7 @@ BACKWARD = (
 def diagnose(
     finding: Finding, batch: Any, ids: Sequence[str], finite_in_fp32: bool = False
 ) -> list[str]:
-    """Return the known causes that fit, as sentences, the most certain first.
+    """Return the known causes that fit, as sentences, most certain first.
 
     Args:
         finding: result of the rerun.
@@ -65,13 +65,13 @@ def diagnose(
 
 
 def _names(rows: Sequence[int], ids: Sequence[str]) -> str:
-    """Return examples by their ids, or by their numbers."""
+    """Return the ids of examples, or their numbers."""
     known = ids and max(rows) < len(ids)
     return first_names([ids[row] if known else f"example {row}" for row in rows], MAX_NAMED)
 
 
 def _true(flags: Tensor) -> list[int]:
-    """Return the indices of what is True in a vector."""
+    """Return the indices of the True elements of a vector."""
     found: list[int] = flags.nonzero().flatten().tolist()
     return found
 
@@ -131,7 +131,7 @@ def _in_ctc(finding: Finding, ids: Sequence[str]) -> list[str]:
 
 
 def _in_padding(finding: Finding, batch: Any, ids: Sequence[str]) -> list[str]:
-    """Find a softmax over masked positions alone."""
+    """Find a softmax over only masked positions."""
     first = finding.first
     if first is None or not (
         "attention" in first.operation or ("softmax" in first.operation and first.minus_infinity)
@@ -152,7 +152,7 @@ def _in_padding(finding: Finding, batch: Any, ids: Sequence[str]) -> list[str]:
 
 
 def _in_operation(origin: Origin) -> list[str]:
-    """Find a function outside of its domain or range."""
+    """Find a function outside its domain or range."""
     name, low = origin.operation, origin.lowest
     if re.match(r"log(2|10|1p)?_?$|xlogy", name) and low is not None:
         edge = -1.0 if "log1p" in name else 0.0

@@ -1,8 +1,8 @@
 """Probe: watches every operation of a batch, and finds the first that gave NaN or infinity.
 
-A value that is not finite is followed from the operation that made it, through everything computed
-from it, to the loss. One that does not reach the loss is no fault: padding may hold any value, and
-a mask before a softmax is an intended infinity.
+A non-finite value is followed from the operation that made it, through everything computed
+from it, to the loss. One that does not reach the loss is no fault: padding may hold any value,
+and a mask before a softmax is an intended infinity.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ from trainer.optim.step import Update
 if TYPE_CHECKING:
     from trainer.brain import Brain
 
-# Operations that write a given value, or that return uninitialised memory.
+# Operations that write a given value or return uninitialised memory.
 INTENDED = re.compile(
     r"(empty|new_empty|resize|masked_fill|fill|full|new_full|where|scalar_tensor|set_)"
 )
-# Operations of which only the first result counts: the others are for the backward pass.
+# Operations with only one result that counts: the others are for the backward pass.
 FIRST_RESULT = re.compile(r"_ctc_loss|attention|rnn|lstm|gru")
-# Folders whose lines are not the user's: torch's and this package's.
+# Folders of code that is not the user's: torch and this package.
 NOT_OWN = (os.path.dirname(torch.__file__), os.path.dirname(__file__), "<")
 TRACEBACK_LINE = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 class NonFiniteFound(Exception):
-    """Raised when a loss or gradient is not finite: the rest of `fit_batch` need not run."""
+    """Raised when a loss or gradient is not finite, to skip the rest of `fit_batch`."""
 
 
 class CollectiveCalled(Exception):
-    """Raised when the forward pass calls a collective: the other ranks are not rerunning it."""
+    """Raised when the forward pass calls a collective, since other ranks do not rerun it."""
 
 
 @dataclass
 class Origin:
     """The first operation whose result was not finite."""
 
-    operation: str  # Its name, or that of autograd's function in the backward pass.
+    operation: str  # Name of the operation, or of autograd's function in the backward pass.
     module: str | None = None  # Innermost module that ran it, with its class.
     line: str | None = None  # Line of the user's code that called it.
-    phase: str = "forward"  # Or "backward".
+    phase: str = "forward"  # "forward" or "backward".
     minus_infinity: bool = False  # True if minus infinity was among the inputs.
     lowest: float | None = None  # Smallest finite input.
     highest: float | None = None  # Largest finite input.
-    zeros: int = 0  # Zeros in the last input: the divisor, or the argument of a logarithm.
+    zeros: int = 0  # Zeros in the last input: a divisor, or the argument of a logarithm.
     elements: int = 0  # Number of elements of all inputs.
 
 
@@ -70,10 +70,10 @@ class Finding:
     kind: str | None = None  # "loss", "gradient", or None if everything was finite.
     optimizer: str | None = None  # Name of the optimizer whose loss it was.
     loss: float | None = None
-    parameters: list[str] = field(default_factory=list)  # Those with a gradient not finite.
-    first: Origin | None = None  # Operation that it came from, if that is known.
+    parameters: list[str] = field(default_factory=list)  # Parameters with a non-finite gradient.
+    first: Origin | None = None  # Operation that caused it, if known.
     module: str | None = None  # First module whose output was not finite.
-    # For each CTC loss: numbers of frames, target lengths and repeats, by example.
+    # For each CTC loss: frames, target lengths and repeats, by example.
     ctc: list[tuple[list[int], list[int], list[int]]] = field(default_factory=list)
 
 
@@ -93,7 +93,7 @@ class Probe(TorchDispatchMode):
         self._modules = {id(m): name for name, m in brain.modules.named_modules() if name}
         self._stack: list[str] = []
         self._phase = "forward"
-        self._origins: dict[int, Origin] = {}  # By address of the memory that is not finite.
+        self._origins: dict[int, Origin] = {}  # Origins of non-finite memory, by address.
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -105,17 +105,17 @@ class Probe(TorchDispatchMode):
                 hooks.register_module_forward_hook(self._leave, always_call=True),
             ):
                 stack.callback(handle.remove)
-            if "torch._dynamo" in sys.modules:  # Otherwise nothing is compiled.
+            if "torch._dynamo" in sys.modules:  # Else nothing is compiled.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            # On a GPU, too, backward runs in this thread, whose operations the mode sees.
+            # Lets backward on a GPU run in this thread, where the mode sees its operations.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-            # Records the line of each function; NaN is detected by this mode.
+            # Records the line of each function; this mode detects NaN itself.
             stack.enter_context(torch.autograd.set_detect_anomaly(True, check_nan=False))
             stack.enter_context(self)
             yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and note whether its result is the first that is not finite."""
+        """Run an operation, and record the first one with a non-finite result."""
         if "c10d" in func.namespace:
             raise CollectiveCalled
         kwargs = kwargs or {}
@@ -123,7 +123,7 @@ class Probe(TorchDispatchMode):
             return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
         origin = self._origin(_floats((args, kwargs)))
-        # An operation in place overwrites its inputs.
+        # An in-place operation overwrites its inputs.
         facts = _facts(args, kwargs) if func._schema.is_mutable else None
         out = func(*args, **kwargs)
         if "_ctc_loss" in name and "backward" not in name:
@@ -143,14 +143,14 @@ class Probe(TorchDispatchMode):
         return out
 
     def _origin(self, tensors: list[Tensor]) -> Origin | None:
-        """Return where what is not finite in tensors is from; None if they are finite."""
+        """Return the origin of non-finite values in tensors; None if all are finite."""
         known = (self._origins.get(_address(t)) for t in tensors) if self._origins else ()
         return next((origin for origin in known if origin is not None), None)
 
     def _make_origin(self, name: str, facts: dict[str, Any]) -> Origin:
         module, line = self._stack[-1] if self._stack else None, None
         node: Any = torch._C._current_autograd_node() if self._phase == "backward" else None
-        if node is not None:  # The function that is differentiated, and the line that called it.
+        if node is not None:  # The differentiated function, and the line that called it.
             name = node.name()
             line = _last_own_line("".join(node.metadata.get("traceback_", ())))
         if line is None:
@@ -176,9 +176,9 @@ class Probe(TorchDispatchMode):
         retain_graph: bool,
         last: bool,
     ) -> StepReport:
-        """Check losses and their gradients in place of an optimizer step; no weight changes.
+        """Check losses and their gradients instead of an optimizer step; change no weights.
 
-        Of a batch of ``weight`` 0 no gradient is computed.
+        For a batch of ``weight`` 0 no gradient is computed.
 
         Raises:
             NonFiniteFound: if a loss or gradient is not finite.
@@ -227,12 +227,12 @@ def _address(tensor: Tensor) -> int:
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """Return the explicit values of a sparse tensor; a dense one as it is."""
+    """Return the explicit values of a sparse tensor; a dense tensor itself."""
     return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
 def _nonfinite(tensor: Tensor) -> tuple[bool, bool, bool]:
-    """Return True for each of NaN, infinity and minus infinity that a tensor has."""
+    """Return three flags: True if a tensor has NaN, infinity, minus infinity."""
     if bool(torch.isfinite(tensor).all()):
         return False, False, False
     if tensor.is_complex():
@@ -271,13 +271,13 @@ def _ctc_lengths(
 
 
 def _last_own_line(text: str) -> str | None:
-    """Return the innermost line of a formatted traceback that is of the user's code."""
+    """Return the innermost line of the user's code in a formatted traceback."""
     lines = reversed(TRACEBACK_LINE.findall(text))
     return _own_line((file, int(number)) for file, number in lines)
 
 
 def _own_line(lines: Iterable[tuple[str, int]]) -> str | None:
-    """Return the first line, of a file and a number each, that is of the user's code."""
+    """Return the first of some lines (file, number) that is the user's code."""
     for file, number in lines:
         if not file.startswith(NOT_OWN):
             text, here = linecache.getline(file, number).strip(), os.path.join(os.getcwd(), "")

@@ -20,7 +20,7 @@ SCALARS = (int, float, str, bool, type(None))
 MAX_DEPTH = 12
 MAX_REPR = 500
 
-# Dtypes of NumPy arrays that are kept: as lists of Python's values they are read without pickle.
+# Dtypes of NumPy arrays that can be kept: as lists of Python values, read without pickle.
 ARRAY = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|[<>=|]?[SU]\d{1,6}")
 
 
@@ -29,7 +29,7 @@ def serialize_batch(value: Any, depth: int = 0) -> Any:
 
     Args:
         value: tensors, arrays of NumPy, plain values, a `Batch`, mappings, lists, tuples and
-            dataclasses, nested up to `MAX_DEPTH` deep. Of anything else only the repr is kept.
+            dataclasses, nested up to `MAX_DEPTH` deep. For anything else only the repr is kept.
         depth: number of containers around the value.
     """
     made = type(value)
@@ -67,8 +67,7 @@ def _is_record(kind: type) -> bool:
 def own_modules(kind: type) -> frozenset[str]:
     """Return the names of the imported modules of the program that a Brain belongs to.
 
-    These are the modules in whose folders the classes of the Brain are defined, but for the
-    trainer's own.
+    These are the modules in the folders that define the classes of the Brain, except the trainer.
 
     Args:
         kind: class of the Brain.
@@ -83,23 +82,24 @@ def own_modules(kind: type) -> frozenset[str]:
 
 
 def _folder(name: str, module: Any) -> str:
-    """Return the folder of a module; a name of its own for one that has no file."""
-    file = vars(module).get("__file__")  # Asked for, a lazy module would be imported.
+    """Return the folder of a module; for a module without a file, a unique name."""
+    file = vars(module).get("__file__")  # Attribute access could import a lazy module.
     return os.path.dirname(os.path.realpath(file)) if isinstance(file, str) else f"<{name}>"
 
 
 def deserialize_batch(kept: Any, own: Collection[str] = ()) -> Any:
-    """Return the batch that `serialize_batch` was given.
+    """Return the batch from a result of `serialize_batch`.
 
-    The file is untrusted: of the classes that it names only `Batch`, named tuples, and dataclasses
-    of the program itself are made. No method of a class is called, and nothing is imported.
+    The file is untrusted: among the classes that it names, only `Batch`, named tuples, and
+    dataclasses of the program itself are made. No method of a class is called, and nothing is
+    imported.
 
     Args:
-        kept: a result of `serialize_batch`, or whatever a file holds in its place.
-        own: names of the program's modules, as `own_modules` returns them.
+        kept: a result of `serialize_batch`, or anything else that the file holds.
+        own: names of the program's modules, from `own_modules`.
 
     Raises:
-        ValueError: if a part could not be kept, is of a class that is not allowed, or is damaged.
+        ValueError: if a part could not be kept, has a class that is not allowed, or is damaged.
     """
     try:
         return _read(kept, own, 0)
@@ -108,7 +108,7 @@ def deserialize_batch(kept: Any, own: Collection[str] = ()) -> Any:
 
 
 def _read(kept: Any, own: Collection[str], depth: int) -> Any:
-    """Return the value that a part of a kept batch stands for."""
+    """Return the value of a part of a kept batch."""
     if type(kept) is not dict or depth > MAX_DEPTH:
         what = "nested too deep" if type(kept) is dict else f"a {type(kept).__name__}"
         raise ValueError(f"the kept batch is damaged: a part of it is {what}")
@@ -140,7 +140,7 @@ def _read(kept: Any, own: Collection[str], depth: int) -> Any:
 
 
 def _make(kind: str, name: Any, parts: Any, own: Collection[str], depth: int) -> Any:
-    """Return a list, tuple, named tuple or dataclass by its class, of which nothing is called."""
+    """Make a list, tuple, named tuple or dataclass; call no method of its class."""
     made = _imported_class(name)
     if made is not None and kind == "object" and made.__module__ in own and _is_record(made):
         new: Any = object.__new__(made)
@@ -162,9 +162,9 @@ def _make(kind: str, name: Any, parts: Any, own: Collection[str], depth: int) ->
 def _is_named_tuple(made: type) -> bool:
     """Return True for a class that `collections.namedtuple` made: its constructor runs no code.
 
-    The constructor is called where a batch is moved or copied.
+    Moving or copying a batch calls the constructor.
     """
-    own = f"namedtuple_{made.__name__}"  # The module in which the constructor is made.
+    own = f"namedtuple_{made.__name__}"  # The module of the constructor.
     return (
         made.__bases__[0] is tuple
         and getattr(made.__new__, "__globals__", {}).get("__name__") == own
@@ -183,7 +183,7 @@ def _fields(parts: Any, own: Collection[str], depth: int) -> dict[str, Any]:
 
 
 def _is_stored(value: Any) -> bool:
-    """Return True for a plain dense tensor on the host, whose elements all have memory."""
+    """Return True for a plain dense tensor on the host with memory for every element."""
     return (
         type(value) is Tensor
         and value.layout is torch.strided
@@ -194,11 +194,11 @@ def _is_stored(value: Any) -> bool:
 
 
 def _imported_class(name: Any) -> type | None:
-    """Return a class by "module:name" if it is defined in that module, which is imported."""
+    """Return the class "module:name" if that module is imported and defines it."""
     module, _, path = str(name).partition(":")
     found: Any = sys.modules.get(module)
     for part in path.split("."):
-        # Not by getattr: a module may import what it is asked for.
+        # Not by getattr, with which a module may import a submodule.
         found = getattr(found, "__dict__", {}).get(part)
     if isinstance(found, type) and (found.__module__, found.__qualname__) == (module, path):
         return found
@@ -222,7 +222,7 @@ def batch_fields(batch: Any) -> dict[str, Any]:
 def data_and_lengths(value: Any) -> tuple[Tensor, Tensor] | None:
     """Return padded data (B, T, …) and lengths (B,) in entries of T, or None if this is neither.
 
-    Fractions of the longest, as in SpeechBrain, are made lengths.
+    Fractions of the longest, as in SpeechBrain, are converted to lengths.
     """
     if not (isinstance(value, tuple) and len(value) == 2):
         return None

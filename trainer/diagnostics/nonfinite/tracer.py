@@ -4,8 +4,8 @@ A skipped step leaves a folder ``nonfinite/<step>/`` in the run folder, with `re
 people, `report.json` for programs, and `batch.pt`, from which `cortex replay RUN STEP`
 reruns the batch. The rerun watches every operation (`probe`) and recognises known causes
 (`diagnoses`). It takes place within `Brain.sandbox`, which restores everything that has state;
-other side effects of a hook, such as a line in a file, happen once more. A failure in it never ends
-the run. Each rank reruns its own batch, without communication.
+other side effects of a hook, such as a line in a file, happen again. A failure never ends the run.
+Each rank reruns its own batch, without communication.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trainer")
 
 FORMAT = 1
-MAX_BATCHES = 16  # Batches of an accumulation window that are remembered.
+MAX_BATCHES = 16  # Batches kept of an accumulation window.
 
 
 class KeptBatch(NamedTuple):
-    """A batch, and the states that its rerun starts from."""
+    """A batch, and the initial states of its rerun."""
 
     batch: Any  # On the device.
-    is_last: bool  # In its epoch.
-    step: int  # Its number in the epoch.
-    generators: dict[str, Any]  # As of `seed.rng_state` at its start; some may be unknown.
+    is_last: bool  # True for the last batch of its epoch.
+    step: int  # Number of the batch in its epoch.
+    generators: dict[str, Any]  # From `seed.rng_state` at its start; some may be missing.
 
 
 class Rerun(NamedTuple):
@@ -65,22 +65,22 @@ class Rerun(NamedTuple):
     kept: KeptBatch
     generators: dict[str, Any]  # States of all random generators at its start.
     finding: Finding
-    problem: str | None  # Why it ended before its last operation; None if it did not.
-    exact: bool  # False if it drew from a generator whose state in training is unknown.
+    problem: str | None  # Reason if it ended early, else None.
+    exact: bool  # False if it used a generator whose state in training is unknown.
 
 
 @dataclass
 class NonFiniteReport:
-    """Everything known about a skipped step. Rerun, causes and ids are set by `investigate`."""
+    """Facts about a skipped step. `investigate` sets rerun, causes and ids."""
 
-    step: int  # Number of the optimizer step that was skipped.
-    name: str  # Of the report's folder within ``nonfinite/``.
+    step: int  # Number of the skipped optimizer step.
+    name: str  # Name of the report's folder within ``nonfinite/``.
     what: str  # "loss" or "gradients".
     facts: dict[str, Any]  # Place, settings and norms.
     gradients: dict[str, float]  # Norms by parameter.
-    folder: Path | None  # To be written into.
-    causes: list[str] = field(default_factory=list)  # The most certain first.
-    ids: list[str] = field(default_factory=list)  # Of the examples.
+    folder: Path | None  # Folder to write.
+    causes: list[str] = field(default_factory=list)  # Most certain first.
+    ids: list[str] = field(default_factory=list)  # Ids of the examples.
     moved: list[str] = field(default_factory=list)  # Optimizers that stepped in the same batch.
     rerun: Rerun = field(init=False)
 
@@ -88,12 +88,12 @@ class NonFiniteReport:
     def of(
         cls, brain: Brain, step_report: StepReport, name: str, folder: Path | None
     ) -> NonFiniteReport:
-        """Note what a Brain knows of the step that it has just skipped.
+        """Make a report of the step that a Brain has just skipped.
 
         Args:
             brain: the Brain, within the batch.
             step_report: the outcome.
-            name: name of the report's folder; other ranks than 0 have a folder of their own in it.
+            name: name of the report's folder, in which ranks other than 0 have a folder each.
             folder: the run's ``nonfinite/``, or None.
         """
         update = brain.updates[step_report.name]
@@ -131,12 +131,12 @@ class NonFiniteReport:
             return command
         if read_text(run, HYPERPARAMS).startswith(LAUNCH_HEADER):
             return f"trainer.launch with the hyperparameter replay={str(self.folder)!r}"
-        # A run folder chooses no program, so that a program of one's own has to be named.
+        # A run folder never chooses a program: a user's own has to be named.
         own = recipe_of(program.resolve()) is None
         return f"{command} --script {shlex.quote(sys.argv[0])}" if own else command
 
     def lines(self) -> list[str]:
-        """Return the lines of the log that follow the one about the skip itself."""
+        """Return the lines of the log that follow the one about the skipped step."""
         cause = f"; {self.causes[0]}" if self.causes else ""
         head = "first not finite" if self.rerun.finding.kind else "not finite in training"
         lines = [f"{head}: {self.found()}{cause}"]
@@ -145,7 +145,7 @@ class NonFiniteReport:
         return lines
 
     def found(self) -> str:
-        """Return in words what was not finite first."""
+        """Describe the first non-finite value."""
         finding, first = self.rerun.finding, self.rerun.finding.first
         if finding.kind is None:
             subject = f"the {self.what} of {self.facts['optimizer']!r}"
@@ -181,7 +181,7 @@ class NonFiniteReport:
         }  # fmt: skip
 
     def text(self, record: Mapping[str, Any]) -> str:
-        """Return the content of `report.txt`, for people, from that of `report.json`."""
+        """Return the content of `report.txt` from that of `report.json`."""
         bad = [name for name, norm in self.gradients.items() if not math.isfinite(norm)]
         rate = "none" if record["lr"] is None else f"{record['lr']:.4g}"
         lines = [
@@ -213,7 +213,7 @@ class NonFiniteReport:
         assert self.folder is not None
         kept, record = self.rerun.kept, self.record()
         new = temporary(self.folder)
-        shutil.rmtree(new, ignore_errors=True)  # Of a killed process.
+        shutil.rmtree(new, ignore_errors=True)  # Left by a killed process.
         try:
             new.mkdir(parents=True)
             torch.save({
@@ -225,7 +225,7 @@ class NonFiniteReport:
             }, new / "batch.pt")  # fmt: skip
             (new / "report.txt").write_text(self.text(record), "utf-8", "backslashreplace")
             (new / "report.json").write_text(json.dumps(as_json(record), indent=1), "utf-8")
-            # A resumed run may be at this step again, or another rank have its folder in there.
+            # A resumed run may reach this step again, and other ranks may have folders in it.
             self.folder.mkdir(exist_ok=True)
             for name in ("batch.pt", "report.txt", "report.json"):
                 os.replace(new / name, self.folder / name)
@@ -238,7 +238,7 @@ class NonFiniteTracer(Tracer):
 
     Args:
         brain: the Brain that trains.
-        limit: number of reports in the run folder, with those of earlier starts.
+        limit: maximum number of reports in the run folder, including earlier starts.
     """
 
     def __init__(self, brain: Brain, limit: int) -> None:
@@ -251,12 +251,11 @@ class NonFiniteTracer(Tracer):
         self._numbers: Counter[int] = Counter()  # Reports by step.
         self._outer: list[tuple[deque[KeptBatch], NonFiniteReport | None]] = []
 
-    def begin_window(self) -> None:
-        self._window.clear()
-
-    def begin_batch(self, batch: Any, is_last: bool) -> None:
+    def begin_batch(self, batch: Any, is_last: bool, opens_window: bool) -> None:
+        if opens_window:
+            self._window.clear()
         # The generators of Python and NumPy take longer to read than a small step, and few networks
-        # draw from them.
+        # use them.
         device = self._brain.device
         generators: dict[str, Any] = {"torch": torch.get_rng_state()}
         if device.type == "cuda":
@@ -278,7 +277,7 @@ class NonFiniteTracer(Tracer):
         return f"The report is in {noted.folder}; to replay the batch: {noted.command()}"
 
     def _has_room(self) -> bool:
-        """Return True if the run may have another report; those of earlier starts count."""
+        """Return True if the run may have another report; reports of earlier starts count."""
         folder = self._folder
         if self._left > 0 and not self._numbers and folder is not None and folder.is_dir():
             self._left -= sum(not each.name.startswith(".") for each in folder.iterdir())
@@ -310,7 +309,7 @@ class NonFiniteTracer(Tracer):
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if isinstance(error, NonFiniteError):  # It ended the batch.
+        if isinstance(error, NonFiniteError):  # The error ended the batch.
             self.end_batch()
         self._window, self._report = self._outer.pop()
 
@@ -327,9 +326,9 @@ def investigate(brain: Brain, report: NonFiniteReport, window: Sequence[KeptBatc
     """Rerun the batches of a window, the newest first, until one is not finite.
 
     Args:
-        brain: the Brain, which is as before afterwards.
-        report: its ``rerun``, ``causes`` and ``ids`` are set, from the rerun that was not finite,
-            or else from that of the newest batch.
+        brain: the Brain; its state is restored.
+        report: gets ``rerun``, ``causes`` and ``ids`` from the non-finite rerun, else from that of
+            the newest batch.
         window: batches of the accumulation window.
     """
     reruns = (rerun(brain, kept) for kept in reversed(window))
@@ -346,15 +345,15 @@ def investigate(brain: Brain, report: NonFiniteReport, window: Sequence[KeptBatc
 
 
 def rerun(brain: Brain, kept: KeptBatch, precision: str | None = None) -> Rerun:
-    """Train on a batch once more, without an optimizer step, until something is not finite.
+    """Train on a batch again, without an optimizer step, until a value is not finite.
 
     Args:
-        brain: the Brain, which is as before afterwards.
+        brain: the Brain; its state is restored.
         kept: the batch, and the random generators at its start.
         precision: precision of the rerun; None for that of the run.
     """
     probe, problem = Probe(brain), None
-    # Generators whose states at the start are unknown begin as they are now.
+    # Generators without a kept state start from their present one.
     generators = {**seed.rng_state(), **kept.generators}
     if isinstance(kept.generators.get("cuda"), torch.Tensor):
         every = torch.cuda.get_rng_state_all()
@@ -369,7 +368,7 @@ def rerun(brain: Brain, kept: KeptBatch, precision: str | None = None) -> Rerun:
         brain.sandbox(optimize=probe.optimize, precision=precision),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # Training has given them already.
+        warnings.simplefilter("ignore")  # Training has shown them already.
         brain.progress.step = kept.step - 1
         seed.set_rng_state(generators)
         try:
