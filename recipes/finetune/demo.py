@@ -6,6 +6,7 @@ is in ``parts.json`` of the demo's folder once it has ended; the demo does the p
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -36,6 +37,7 @@ YAMLS = next(
 )
 ARMS = ("pretrained", "scratch")
 MEASURES = ("wer", "cer")
+MAX_WAIT = 10  # seconds for a part to save and end
 
 Metrics = dict[str, dict[str, float]]  # by stage: {"valid": {"wer": …}, "test": …}
 
@@ -110,6 +112,9 @@ def run(given: trainer.Run) -> dict[str, float]:
         for process in processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
+        for process in processes:  # They still save in the folder.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(MAX_WAIT)
     table, errors = study.table(parts.done)
     print(table, flush=True)
     replace_file(folder / "table.txt", [table.encode(), b"\n"], "table")

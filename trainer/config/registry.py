@@ -55,12 +55,6 @@ logger = logging.getLogger("trainer")
 
 ENTRY_POINTS = "cortex.recipes"
 
-# Hint for a package that is not installed.
-EXTRAS = (
-    "packages that a recipe needs are extras of its distribution, as in "
-    "pip install 'cortex-speech[recipes]'"
-)
-
 BUILTINS = """
     abs bool dict float frozenset int len list max min range round set slice sorted str sum tuple
 """
@@ -382,6 +376,21 @@ class Registry:
 # ---------------------------------------------------------------- recipes
 
 
+def install_hint(error: Exception) -> str:
+    """Return the command that installs the module that an import lacks, or "".
+
+    It is that of the first extra with the module among the distributions of recipes.
+    """
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        top = re.escape(error.name.partition(".")[0]).replace("_", "[-_]")
+        for each in importlib.metadata.entry_points(group=ENTRY_POINTS):
+            for line in (each.dist and each.dist.requires) or ():
+                extra = re.match(rf"{top}\b(?![-.]).*extra == ['\"]([\w-]+)", line)
+                if each.dist and extra:
+                    return f": pip install '{each.dist.name}[{extra[1]}]'"
+    return ""
+
+
 @functools.cache
 def recipe_packages() -> tuple[str, ...]:
     """Return the packages of all recipes: those installed, and those of this checkout.
@@ -522,7 +531,6 @@ def _import(path: str, name: str) -> Any:
     except Exception as error:
         why = (
             f"{name} needs the module {path}, whose import failed: {type(error).__name__}: {error}"
+            f"{install_hint(error)}"
         )
-        if isinstance(error, ModuleNotFoundError):
-            why += f" ({EXTRAS})"
         raise ValueError(why) from error

@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,6 +204,42 @@ def test_a_part_gives_the_best_valid_and_the_last_test_and_overwrite_does_it_ane
         assert found == {"valid": {"wer": 7.0, "cer": 2.0}, "test": {"wer": 3.0}}
         parts.keep(part, found)
         assert len(started) == starts
+
+
+PART = """
+import signal, sys, time
+from pathlib import Path
+def save(*_):
+    time.sleep(1)
+    Path(sys.argv[1], "saved").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+Path(sys.argv[1], "up").touch()
+time.sleep(60)
+"""
+
+
+def test_a_demo_that_is_stopped_waits_until_its_parts_have_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = subprocess.Popen
+
+    def begin(command: list[str], **options: Any) -> Any:
+        return own([sys.executable, "-c", PART, str(tmp_path)], **options)
+
+    def work(parts: Parts, study: Study, workers: int) -> None:
+        pool = ThreadPoolExecutor(1)
+        pool.submit(parts.start, study.pretraining, tmp_path)
+        while not (tmp_path / "up").exists():
+            time.sleep(0.05)
+        pool.shutdown(wait=False)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.subprocess, "Popen", begin)
+    monkeypatch.setattr(demo, "work", work)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(SimpleNamespace(hparams=SETTINGS, folder=tmp_path))
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_broken_encoder_in_the_cache_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
