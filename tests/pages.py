@@ -463,7 +463,7 @@ def _record(path: Path, pitch: float, rate: int = 16000, seed: int = 1) -> None:
 
 def _recogniser(folder: Path) -> None:
     from tests.recipes.run_folder_attacks import make_run
-    from trainer.cli.folder import HEADER
+    from trainer.run_files import HEADER
 
     folder.parent.mkdir(parents=True)
     make_run(folder)

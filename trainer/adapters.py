@@ -30,6 +30,7 @@ from torch.nn.utils.parametrize import (
 
 from trainer.optim.groups import clean_name
 from trainer.options import nearest
+from trainer.texts import first_names
 
 KINDS = ("HRA", "IA3", "LOHA", "LOKR", "LORA")  # kinds that share no weights among layers
 # Values of init_lora_weights that compute an adapter from the weights of its layer.
@@ -223,8 +224,7 @@ def _check_layers(where: str, key: str, wanted: Any, module: nn.Module) -> list[
         raise ValueError(
             f"{where}: {key} has {missing[0]!r}, which matches no layer of the "
             f"{type(module).__name__}{nearest(missing[0], [*ends, *layers])}; its layers end in "
-            f"{', '.join(ends[:MAX_SHOWN]) or 'nothing: it is one layer'}"
-            f"{', …' if len(ends) > MAX_SHOWN else ''}"
+            f"{first_names(ends, MAX_SHOWN) or 'nothing: it is one layer'}"
         )
     for name in sorted(found) if key == "target_modules" else ():
         if (mode := getattr(layers[name], "padding_mode", "zeros")) != "zeros":

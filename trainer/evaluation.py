@@ -21,6 +21,7 @@ from trainer.checkpoint.run_state import check_weights
 from trainer.checkpoint.storage import BrokenCheckpoint, MissingCheckpoint, load_plain
 from trainer.optim.ema import WeightAverage
 from trainer.options import RunOptions
+from trainer.texts import first_names
 
 logger = logging.getLogger("trainer")
 
@@ -112,7 +113,7 @@ def warn_of_modes(modules: nn.Module, trained: Collection[Tensor]) -> None:
     if names:
         logger.warning(
             "fit puts %s into training mode, since it trains; to leave it in evaluation mode, call "
-            "its eval() in on_stage_start", ", ".join(names[:5]),
+            "its eval() in on_stage_start", first_names(names, 5),
         )  # fmt: skip
 
 

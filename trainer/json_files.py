@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from trainer.untrusted import confined
 
 MAX_DEPTH = 50  # of nested lists and mappings
 MAX_DIGITS = 300  # of a whole number; the largest float has 309
@@ -64,6 +67,22 @@ def read(path: Path) -> Any:
         return parse(data)
     except BadJson as error:
         raise BadJson(f"{path}: it is not JSON ({error})") from None
+
+
+def mapping(data: bytes) -> dict[str, Any]:
+    """Return the mapping of a JSON text; an empty one for anything else."""
+    with suppress(BadJson):
+        value = parse(data)
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def read_mapping(folder: Path, path: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file that lies in a folder; an empty one for anything else."""
+    with suppress(OSError, ValueError):
+        value = read(confined(folder, path))
+        return value if isinstance(value, dict) else {}
+    return {}
 
 
 def lines(file: BinaryIO) -> Iterator[bytes]:

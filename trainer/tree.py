@@ -93,8 +93,3 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     row = isinstance(value, (list, tuple))
     for key, part in enumerate(value) if row else parts_of(value).items():
         yield from leaves(part, f"{path}.{key}" if path else str(key))
-
-
-def number(value: float) -> str:
-    """Return a number with four significant digits, and an integer as it is."""
-    return str(value) if isinstance(value, int) else f"{value:.4g}"

@@ -23,12 +23,13 @@ import torch
 from recipes.asr.text import Codec, check_texts
 from recipes.common.audio import check_recordings
 from recipes.common.cuts import CutSet, MixedCut, MixTrack, MonoCut, MultiCut, cut_of, sounds
-from recipes.common.librispeech import read_parts
+from recipes.common.librispeech import LAYOUT, parts_there, read_parts
 from recipes.common.loading import Speech, filter_by_duration, transcript
-from recipes.common.paths import inside
+from recipes.common.paths import existing, inside
 from recipes.common.speech import embedded_speech, to_cuts
 from recipes.common.tables import TableError, named, read_rows
 from trainer.seed import derive
+from trainer.texts import first_names
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def _recorded_digits(
 ) -> list[tuple[str, str, int, MonoCut]]:
     """A folder's recordings: speaker, digit, take, cut."""
     expected = "recordings named digit_speaker_take.wav, such as 7_theo_32.wav"
-    folder = _existing(data_folder, expected)
+    folder = existing(data_folder, f"a folder of {expected}")
     folder = folder / "recordings" if (folder / "recordings").is_dir() else folder
     names = {path: TAKE.fullmatch(name) for name, path in sounds(folder).items() if "/" not in name}
     paths = [path for path, name in names.items() if name]
@@ -182,29 +183,12 @@ def librispeech(
     no part is there.
     """
     _check_splits("parts", parts)
-    folder = _existing(data_folder, "folders such as train-clean-100 with a *.trans.txt in each")
-    there = {each.name for each in folder.iterdir() if each.is_dir()}
-    wanted = {part for names in parts.values() for part in names}
-    for split, names in parts.items():
-        if not there & set(names):
-            raise ValueError(
-                f"{split} is made of {', '.join(names)}; {folder} has none of these, but "
-                f"{', '.join(sorted(there)[:10]) or 'no folders'}"
-            )
-    if missing := wanted - there:
-        logger.warning("%s has no %s: going on without", folder, ", ".join(sorted(missing)))
-    found = read_parts(folder, wanted & there, on_bad, max_bad, follow_links)
+    folder = existing(data_folder, LAYOUT)
+    found = read_parts(folder, parts_there(folder, parts), on_bad, max_bad, follow_links)
     return {
         split: CutSet.from_cuts(cut for part in names for cut in found.get(part, ()))
         for split, names in parts.items()
     }
-
-
-def _existing(data_folder: str, expected: str) -> Path:
-    folder = Path(data_folder).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"data_folder {folder} is not there; expected was a folder of {expected}")
-    return folder
 
 
 # ------------------------------------------------------------------------------ tables of one's own
@@ -236,7 +220,7 @@ def table(
         ValueError: a split has no table, or too many files are bad.
     """
     _check_splits("tables", tables)
-    folder = _existing(data_folder, "recordings with tables")
+    folder = existing(data_folder, "a folder of recordings with tables")
     seen: dict[Path, str] = {}
     corpus = {}
     for split in SPLITS:
@@ -342,6 +326,6 @@ def _possible(
             "frames than tokens; use a smaller hop or fewer halvings of the frames"
         )
     if bad:
-        names = ", ".join(cut.id for cut in bad[:5]) + (" …" if len(bad) > 5 else "")
+        names = first_names([cut.id for cut in bad], 5)
         logger.info("%d utterances have more tokens than frames, left out: %s", len(bad), names)
     return CutSet.from_cuts(good)

@@ -14,6 +14,7 @@ from recipes.clipping_study.findings import Finding, Row
 from recipes.clipping_study.strip import Plot, Strip, draw_strips
 from recipes.clipping_study.table import markdown
 from recipes.clipping_study.verdicts import KINDS, verdict
+from trainer.loggers.files import as_json
 from trainer.report.axis import number
 from trainer.report.chart import Chart, Series, draw
 from trainer.report.html import document, section, table, tiles
@@ -36,21 +37,12 @@ def write_page(
     rows = {each.experiment.name: [asdict(row) for row in each.rows] for each in found}
     texts = {
         "study.html": render(found, trainings, seconds),
-        "study.json": json.dumps(_finite(rows), indent=1),
+        "study.json": json.dumps(as_json(rows), indent=1),
         "study.md": markdown(found),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     return [folder / name for name in texts]
-
-
-def _finite(value: object) -> object:
-    """The same with null for what is not a finite number."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def render(found: Sequence[Finding], trainings: int, seconds: float) -> str:

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from recipes.common.audio import check_recordings
 from recipes.common.cuts import MonoCut, cut_of, files_below, sound_of, sounds
 from recipes.common.tables import TableError, check_unique, named, read_lines
+
+LAYOUT = "a folder of folders such as train-clean-100 with a *.trans.txt in each"
+
+logger = logging.getLogger(__name__)
+
+
+def parts_there(folder: Path, parts: Mapping[str, Sequence[str]]) -> set[str]:
+    """Return the parts, of those that make up each split, that are there; warn of the others.
+
+    Raises:
+        ValueError: no part of a split is there.
+    """
+    there = {each.name for each in folder.iterdir() if each.is_dir()}
+    wanted = {part for names in parts.values() for part in names}
+    for split, names in parts.items():
+        if not there & set(names):
+            raise ValueError(
+                f"{split} is made of {', '.join(names)}; {folder} has none of these, but "
+                f"{', '.join(sorted(there)[:10]) or 'no folders'}"
+            )
+    if missing := wanted - there:
+        logger.warning("%s has no %s: going on without", folder, ", ".join(sorted(missing)))
+    return wanted & there
 
 
 def read_parts(

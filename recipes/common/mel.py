@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
 from trainer import json_files
+from trainer.texts import first_line
 
 FLOOR = 1e-5  # of a band's magnitude, before the logarithm
 
@@ -219,8 +220,9 @@ def _read_pt(path: Path) -> tuple[Any, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises whatever the broken bytes lead to.
-        told = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: it cannot be read as a .pt of plain tensors ({told})") from error
+        raise ValueError(
+            f"{path}: it cannot be read as a .pt of plain tensors ({first_line(error)})"
+        ) from error
     if not isinstance(saved, dict) or not {"mel", "config"} <= saved.keys():
         raise ValueError(f'{path}: a mel file holds {{"mel": …, "config": …}}; this one does not')
     return saved["mel"], saved["config"]

@@ -9,6 +9,14 @@ LONGEST_PATH = 1024  # Bytes of several with their separators, on most systems.
 SHOWN = 80  # Characters of a name that an error shows.
 
 
+def existing(data_folder: str | Path, expected: str) -> Path:
+    """Return a data folder; ValueError, which says what was expected there, for a missing one."""
+    folder = Path(data_folder).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"data_folder {folder} is not there; expected was {expected}")
+    return folder
+
+
 def inside(folder: str | Path, name: str, follow_links: bool = False) -> Path:
     """Return the path of the file that a manifest names relative to its data folder.
 

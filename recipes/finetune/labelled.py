@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 
 from recipes.common.audio import check_length, check_recordings, read_audio
 from recipes.common.cuts import sound_of, sounds
-from recipes.common.paths import inside
+from recipes.common.paths import existing, inside
 from recipes.common.tables import TableError, check_unique, named, read_lines, read_rows
 from recipes.finetune.trials import check_names, read_trials
 from trainer.data import item_seed
@@ -113,7 +113,7 @@ def folders(
         ValueError: the folder is missing, holds no recordings that fit, or has splits that share
             what they must not.
     """
-    folder = _existing(data_folder)
+    folder = existing(data_folder, "a folder of recordings")
     found = sounds(folder)
     if not found:
         raise ValueError(f"{folder} holds no recordings; expected was a folder for each class")
@@ -181,7 +181,7 @@ def table(
         ValueError: the folder or table is missing, a row does not fit, or splits share what they
             must not.
     """
-    folder = _existing(data_folder)
+    folder = existing(data_folder, "a folder of recordings")
     names = {name: name for name in ("path", "label", "split", "speaker")}
     if unknown := sorted(set(columns or {}) - set(names)):
         raise ValueError(f"columns names {', '.join(unknown)}; allowed: {', '.join(names)}")
@@ -211,13 +211,6 @@ def table(
     )
     shares = {"valid": valid, "test": test}
     return _corpus(found, folder, classes, shares, unseen, trials, on_bad, max_bad)
-
-
-def _existing(data_folder: str) -> Path:
-    folder = Path(data_folder).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"data_folder {folder} is not there; expected was a folder of recordings")
-    return folder
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

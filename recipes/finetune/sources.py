@@ -18,6 +18,7 @@ from trainer import distributed, json_files
 from trainer.checks import warn_of_nonfinite
 from trainer.loggers.files import replace_file
 from trainer.options import nearest
+from trainer.texts import first_names
 from trainer.untrusted import check_source, confined
 
 try:
@@ -214,12 +215,14 @@ def loaded(
     )
     if found["mismatched_keys"]:
         wrong = [f"{key} {(*a,)}, not {(*b,)}" for key, a, b in sorted(found["mismatched_keys"])]
-        raise ValueError(f"source {source} has weights of other shapes: {_listed(wrong)}")
+        raise ValueError(
+            f"source {source} has weights of other shapes: {first_names(wrong, SHOWN)}"
+        )
     missing = [each for each in sorted(found["missing_keys"]) if not each.endswith(UNTRAINED)]
     if lacking := [each for each in missing if not optional or not each.startswith(optional)]:
         raise ValueError(
             f"source {source} lacks {len(lacking)} weights of {type(model).__name__}: "
-            f"{_listed(lacking)}"
+            f"{first_names(lacking, SHOWN)}"
         )
     warn_of_nonfinite(source, model.state_dict())
     return model, missing
@@ -322,7 +325,3 @@ def told(source: Any, work: Callable[[], Any]) -> Any:
 
 def _name(source: Any) -> str:
     return "of the YAML" if isinstance(source, Mapping) else str(source)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from recipes.common.audio import check_recordings
 from recipes.common.cuts import SOUNDS, CutSet, MonoCut, count_files, cut_of, path_of, sounds
 from recipes.common.loading import filter_by_duration, load
+from recipes.common.paths import existing
 from recipes.common.speech import embedded_speech, to_cuts
 from trainer.data import BadItem, item_seed
 from trainer.seed import derive
@@ -65,9 +66,7 @@ def folder(
     Raises ValueError for a folder that is missing or has too few files, and for a recording in two
     formats.
     """
-    top = Path(data_folder).expanduser()
-    if not top.is_dir():
-        raise ValueError(f"data_folder {top} is not there; expected was a folder of sound files")
+    top = existing(data_folder, "a folder of sound files")
     names = _once(sounds(top))
     headers = check_recordings(names, on_bad=on_bad, max_bad=max_bad)
     if len(headers) < valid + test + 1:

@@ -16,10 +16,9 @@ from typing import Any
 
 from recipes.common.audio import Expected, Header, good_ones
 from recipes.common.cuts import sounds
-from recipes.common.paths import inside
+from recipes.common.paths import existing, inside
 from recipes.common.tables import Row, TableError, check_unique, named, read_rows
 from recipes.separation.recorded import Mixture
-from recipes.separation.speech import existing
 from trainer.data import BadItem
 
 Corpus = Mapping[str, list[Mixture]]
@@ -57,7 +56,7 @@ def librimix(
     ValueError for a missing folder, and for files that do not belong together.
     """
     expected = f"Libri{speakers}Mix with wav{sample_rate // 1000}k/{mode} in it"
-    root = existing(data_folder, expected)
+    root = existing(data_folder, f"a folder of {expected}")
     root = _first(root, f"Libri{speakers}Mix", f"wav{sample_rate // 1000}k/{mode}", expected)
     kind = "mix_both" if noisy else "mix_clean"
     found = {}
@@ -99,7 +98,7 @@ def wsj0mix(
     Raises ValueError for a missing folder, and for files that do not belong together.
     """
     expected = f"{speakers}speakers with wav{sample_rate // 1000}k/{mode} in it"
-    root = existing(data_folder, expected)
+    root = existing(data_folder, f"a folder of {expected}")
     found = {}
     for split, name in sets.items():
         if name.endswith(".csv"):

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from recipes.common.audio import Header, check_recordings
 from recipes.common.cuts import CutSet, MonoCut, cut_of, sound_of, sounds
-from recipes.common.librispeech import read_parts
+from recipes.common.librispeech import LAYOUT, parts_there, read_parts
 from recipes.common.loading import load
 from recipes.common.noise import coloured_noise
-from recipes.common.paths import inside
+from recipes.common.paths import existing, inside
 from recipes.common.speech import embedded_speech, to_cuts
 from recipes.common.tables import TableError, check_unique, named, read_lines, read_rows
 from recipes.separation.mixing import fitted
@@ -65,14 +65,6 @@ def recorded(
     return librispeech(data_folder, parts, None, on_bad, max_bad, follow_links)
 
 
-def existing(data_folder: str | Path, expected: str) -> Path:
-    """The folder; ValueError, which says what was expected in it, where it is not there."""
-    folder = Path(data_folder).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"data_folder {folder} is not there; expected was a folder of {expected}")
-    return folder
-
-
 # ------------------------------------------------------------------------------------- LibriSpeech
 
 
@@ -99,15 +91,8 @@ def librispeech(
     Raises ValueError for a folder that is missing or has another layout, for a split of which no
     part is there, and for too few speakers to deal.
     """
-    folder = existing(data_folder, "folders such as train-clean-100 with a *.trans.txt in each")
-    there = {each.name for each in folder.iterdir() if each.is_dir()}
-    for split, names in parts.items():
-        if not there & set(names):
-            raise ValueError(
-                f"{split} is made of {', '.join(names)}; {folder} has none of these, but "
-                f"{', '.join(sorted(there)[:10]) or 'no folders'}"
-            )
-    wanted = {part for names in parts.values() for part in names} & there
+    folder = existing(data_folder, LAYOUT)
+    wanted = parts_there(folder, parts)
     read = read_parts(folder, wanted, on_bad, max_bad, follow_links)
     genders = _genders(folder)
     found: dict[str, list[MonoCut]] = {split: [] for split in parts}
@@ -182,7 +167,8 @@ def listed(
     ValueError for a missing folder, table or column, for a table that does not fit, and for a split
     without recordings.
     """
-    folder = existing(data_folder, f"a table {table} and the recordings that it names in {audio}/")
+    layout = f"a folder of a table {table} and the recordings that it names in {audio}/"
+    folder = existing(data_folder, layout)
     expected = "a table with id, split and speaker"
     path = inside(folder, table)
     rows = read_rows(path, expected, ("id", "split", "speaker"), key="id", gap="|,;\t")
@@ -256,7 +242,7 @@ def wham(
     max_bad: float = 0.05,
 ) -> Mapping[str, Ambient]:
     """The first channel of the noise of WHAM (``wham_noise`` with tr, cv and tt)."""
-    root = existing(data_folder, "recordings of noise, in the folders tr, cv and tt")
+    root = existing(data_folder, "a folder of recordings of noise, in the folders tr, cv and tt")
     names = dict(zip(SPLITS, ("tr", "cv", "tt"), strict=True))
     if missing := [name for name in names.values() if not (root / name).is_dir()]:
         raise ValueError(f"{root} has no folder {', '.join(missing)}; expected: tr, cv, tt")

@@ -26,11 +26,13 @@ from recipes.common.audio import check_recordings
 from recipes.common.cuts import CutSet, MonoCut, count_files, cut_of, sound_of, sounds
 from recipes.common.loading import filter_by_duration, load, transcript
 from recipes.common.mel import LogMel
+from recipes.common.paths import existing
 from recipes.common.speech import one_voice_reading, to_cuts
 from recipes.common.tables import TableError, check_unique, named, read_lines
 from recipes.tacotron2.text import Front, check_texts, plain, spell_out
 from trainer.data import BadItemPolicy
 from trainer.seed import derive
+from trainer.texts import first_names
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +96,7 @@ def readings(
     Raises ValueError for a folder that is missing or has another layout, for an empty text, and
     where too few texts are left.
     """
-    folder = Path(data_folder).expanduser()
+    folder = existing(data_folder, LAYOUT)
     files = _readings(folder, column, spell, follow_links)
     for path, each in list(files.items()):
         if set(each.text) & set(sounds):
@@ -122,8 +124,6 @@ class _Reading(NamedTuple):
 
 def _readings(folder: Path, column: int, spell: bool, follow_links: bool) -> dict[Path, _Reading]:
     """Return the texts of a metadata.csv by file."""
-    if not folder.is_dir():
-        raise ValueError(f"data_folder {folder} is not there; expected was {LAYOUT}")
     table = folder / TABLE
     if not table.exists():
         raise ValueError(
@@ -311,8 +311,8 @@ def _alignable(
             f"all {len(long)} texts have more than longest_text={longest_text} symbols"
         )
     if long:
-        names = ", ".join(long[:5]) + (" …" if long[5:] else "")
         logger.info(
-            "%d texts have more than %d symbols, left out: %s", len(long), longest_text, names
-        )
+            "%d texts have more than %d symbols, left out: %s",
+            len(long), longest_text, first_names(long, 5),
+        )  # fmt: skip
     return good

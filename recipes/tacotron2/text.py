@@ -20,6 +20,7 @@ from typing import Protocol
 
 from recipes.tacotron2 import phonemiser
 from recipes.tacotron2.number_words import abbreviations_in_words, in_words
+from trainer.texts import first_names
 
 PAD, END = "<pad>", "<end>"
 PUNCTUATION = "!'(),-.:;?"
@@ -150,13 +151,13 @@ def check_texts(texts: Mapping[str, str], front: Front) -> None:
     the front end does not know.
     """
     if empty := [name for name, text in texts.items() if not text.strip()]:
-        raise ValueError(f"there is no text to say in {_listed(empty)}")
+        raise ValueError(f"there is no text to say in {first_names(empty, 1)}")
     found: dict[str, list[str]] = {}
     for name, text in texts.items():
         for place, character in front.unknown(text):
             found.setdefault(character, []).append(f"{name} at character {place + 1}")
     if found:
-        told = "; ".join(f"{each!r} in {_listed(found[each])}" for each in sorted(found))
+        told = "; ".join(f"{each!r} in {first_names(found[each], 1)}" for each in sorted(found))
         raise ValueError(f"the text front end does not know {told}")
 
 
@@ -171,11 +172,6 @@ def readable(name: str, text: str, front: Front) -> str:
     as_written = "".join(each if each in strange else " " for each in text)
     check_texts({name: as_written if strange & set(text) else spelled}, front)
     return spelled
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 1} more" if names[1:] else ""
-    return names[0] + more
 
 
 def plain(text: str) -> str:

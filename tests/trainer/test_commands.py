@@ -23,14 +23,15 @@ from torch import nn
 import trainer
 from tests.trainer.small import Regressor
 from trainer import Checkpointer, report
-from trainer.cli import launch, recipe, sweep
+from trainer.cli import launch, recipe, sweep, upkeep
 from trainer.cli.arguments import configure
 from trainer.cli.commands import COMMANDS, main
 from trainer.cli.ending import end_lines
-from trainer.cli.folder import HEADER, RunFolder
+from trainer.cli.folder import RunFolder
 from trainer.cli.runs import read_run
 from trainer.cli.sweep import parse_values
 from trainer.config import registry
+from trainer.run_files import HEADER
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """\
@@ -437,6 +438,19 @@ def test_compare_shows_what_differs_and_the_spread_over_seeds(
     ]
 
 
+def test_metrics_of_any_size_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers near the largest float have no mean that is one."""
+    for seed, wer in ((1, 1.7e308), (2, 1.6e308)):
+        record = {"kind": "stage", "stage": "test", "wer": wer}
+        made_run(tmp_path / str(seed), records=[record], yaml=f"seed: {seed}\n")
+    runs = [str(tmp_path / each) for each in "12"]
+    assert main(["compare", *runs]) == 0
+    assert "too large" in capsys.readouterr().out
+    assert main(["report", *runs, "-o", str(tmp_path / "page.html")]) == 0
+
+
 def test_a_report_is_of_one_run_or_of_several(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -532,6 +546,27 @@ def test_clean_asks_first_and_leaves_what_is_not_its_own(
     capsys.readouterr()
     assert main(["clean", str(run)]) == 0
     assert capsys.readouterr().out == "there is nothing to delete\n"
+
+
+def test_a_run_below_another_keeps_its_checkpoints_to_itself(tmp_path: Path) -> None:
+    """Neither --overwrite nor `clean` of the outer run deletes them, and they are no progress."""
+    outer, inner = tmp_path / "outer", tmp_path / "outer" / "task" / "inner"
+    saved(outer, [{"sdr": 1.0}, {"sdr": 2.0}])
+    metas = [{"wer": 9.0 - n, "sdr": 5.0} for n in range(5)]
+    own = saved(inner, metas)
+    before = [each.name for each in own.list_checkpoints()]
+    assert RunFolder(outer).progress() == (1, 1)
+    assert RunFolder(inner).progress() == (4, 4)
+    beside = Checkpointer(outer / "models" / "a" / "b" / "save").save_checkpoint({"epoch": 1})
+    assert beside is not None
+    assert not [each for each in upkeep.removable(outer)[0] if inner in each.path.parents]
+    assert len(upkeep.removable(inner)[0]) == 4
+    folder = RunFolder(outer)
+    folder.open(overwrite=True)
+    folder.close()
+    assert not (outer / "checkpoints").exists()
+    assert not beside.path.exists()
+    assert [each.name for each in own.list_checkpoints()] == before
 
 
 def test_an_average_is_a_run_that_can_be_loaded(

@@ -73,11 +73,15 @@ def test_what_is_no_strict_json_is_one_kind_of_error(data: bytes, tmp_path: Path
     (tmp_path / "x.json").write_bytes(data)
     with pytest.raises(BadJson, match=r"x\.json: it is not JSON \("):
         json_files.read(tmp_path / "x.json")
+    assert json_files.mapping(data) == {}
+    assert json_files.read_mapping(tmp_path, tmp_path / "x.json") == {}
 
 
 @pytest.mark.parametrize("data", ODD, ids=lambda data: repr(data[:20]))
 def test_json_of_any_shape_is_read(data: bytes) -> None:
-    assert json_files.parse(data) == json.loads(data.decode("utf-8-sig"))
+    value = json_files.parse(data)
+    assert value == json.loads(data.decode("utf-8-sig"))
+    assert json_files.mapping(data) == (value if isinstance(value, dict) else {})
 
 
 def test_a_line_that_is_too_long_is_an_empty_one() -> None:

@@ -37,7 +37,6 @@ from tests.trainer.test_page import read
 from trainer import Brain, NonFiniteError, Stage, defaults, seed
 from trainer.checkpoint import Checkpointer
 from trainer.cli.replay import command, replay
-from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.data.batch import Batch, Padded
 from trainer.diagnostics.nonfinite.serialize import (
     deserialize_batch,
@@ -47,6 +46,7 @@ from trainer.diagnostics.nonfinite.serialize import (
 from trainer.diagnostics.nonfinite.tracer import NonFiniteReport, NonFiniteTracer
 from trainer.diagnostics.replay import Replayed, load, nearest
 from trainer.report import render
+from trainer.run_files import LAUNCH_HEADER
 
 KINDS = [Regressor, Players]
 
@@ -697,6 +697,11 @@ def test_a_folder_from_elsewhere_cannot_choose_what_runs(
         with pytest.raises(ValueError, match="not started by an installed recipe, but by .*--scri"):
             replay(["run", "7"])
     assert not (tmp_path / "ran").exists()
+    # Changes of hyperparameters stand behind the command that made them.
+    with recorded.open("a") as file:
+        file.write("# from optimizer step 5 on: lr: 0.1 -> 0.2\n\n")
+    with pytest.raises(ValueError, match=r"but by python \S+train\.sh toy\.yaml: name the script"):
+        replay(["run", "7"])
     elsewhere.unlink()
     named = command(["run", "7", "--script", str(tmp_path / "run" / "train.py"), "--seed", "2"])
     assert named[1:2] == [str(tmp_path / "run" / "train.py")]

@@ -20,7 +20,6 @@ from typing import Any
 from ruamel.yaml.nodes import ScalarNode
 
 from trainer import distributed
-from trainer.cli.folder import HYPERPARAMS
 from trainer.config.changes import ABSENT, Settings
 from trainer.config.hyperparameters import Configuration, Key, Text, option_node, summary
 from trainer.config.reading import NULL, compose, find, get, items, plain, represent, tag
@@ -38,6 +37,7 @@ from trainer.options import (
     translate,
 )
 from trainer.other_options import DEFAULTS, FLAGS, NAMES
+from trainer.run_files import HYPERPARAMS
 
 logger = logging.getLogger("trainer")
 

@@ -14,7 +14,6 @@ from urllib.parse import quote
 from trainer import report, signals
 from trainer.cli import runs, session, upkeep
 from trainer.cli.arguments import HELP
-from trainer.cli.folder import is_run
 from trainer.cli.recipe import find_recipe, list_recipes, run_recipe
 from trainer.cli.replay import replay
 from trainer.cli.sweep import parse_values, sweep, trials
@@ -22,6 +21,7 @@ from trainer.inference.exporting import FORMATS, export
 from trainer.inference.initialise import is_export
 from trainer.inference.loading import load
 from trainer.options import nearest
+from trainer.run_files import is_run
 from trainer.untrusted import printable
 
 NO_RUN = 2  # Exit code for a folder that could not be used, or a wrong argument.

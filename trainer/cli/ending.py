@@ -13,8 +13,8 @@ from typing import Any
 from trainer import distributed
 from trainer.checkpoint.checkpointer import Checkpointer, ranked
 from trainer.cli.arguments import ALLOW, split_allowed
-from trainer.cli.folder import HYPERPARAMS
 from trainer.config.registry import recipe_of
+from trainer.run_files import HYPERPARAMS
 
 
 def end_lines(

@@ -35,13 +35,13 @@ from typing import Any
 from trainer.checkpoint import storage
 from trainer.config.changes import Change, Settings
 from trainer.config.reading import read
-from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.loggers.files import readable_errors, replace_file, temporary
+from trainer.run_files import HEADER, HEADERS, HYPERPARAMS, is_run, manifests
 from trainer.signals import Interrupted
+from trainer.texts import cause
 
 logger = logging.getLogger("trainer")
 
-HYPERPARAMS = "hyperparams.yaml"
 AS_STARTED = ".hyperparams.yaml"  # Copy that reveals edits by hand.
 RECORDS = (AS_STARTED, HYPERPARAMS)
 LOCK = ".lock"
@@ -71,24 +71,9 @@ RUN_FILES = (
     "profile",
     "samples",
 )
-HEADER = "# The resolved hyperparameters of a run; this file runs alone."
 MARK = "a run folder"  # Last line of the lock file of an accepted folder.
 NOTHING: tuple[int, list[tuple[str, int]]] = (0, [])  # `trained` before a training
 MAX_LOCK = 1000  # bytes of the lock file
-MAX_ERROR = 500  # characters of an error in state.json
-HEADERS = (HEADER, LAUNCH_HEADER)
-
-
-def is_run(folder: Path) -> bool:
-    """Return True for a folder with the hyperparams.yaml of a run."""
-    path = folder / HYPERPARAMS
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return file.readline(200).decode(errors="replace").strip() in HEADERS
-    except OSError:
-        return False
 
 
 class RunFolder:
@@ -140,7 +125,7 @@ class RunFolder:
             for name in RUN_FILES:
                 _remove(self.path / name)
             # The new run would resume from checkpoints in other folders.
-            for manifest in list(self.path.rglob(storage.MANIFEST)):
+            for manifest in manifests(self.path):
                 with contextlib.suppress(storage.BrokenCheckpoint):
                     storage.read_manifest(manifest.parent)
                     storage.delete(manifest.parent)
@@ -221,23 +206,18 @@ class RunFolder:
         It changes with every checkpoint and every line of metrics.jsonl.
         """
         metrics = self.path / "metrics.jsonl"
-        manifests = [(str(each), each.lstat().st_mtime_ns) for each in self._manifests()]
-        return metrics.stat().st_size if metrics.exists() else 0, sorted(manifests)
+        found = [(str(each), each.lstat().st_mtime_ns) for each in manifests(self.path, links=True)]
+        return metrics.stat().st_size if metrics.exists() else 0, sorted(found)
 
     def progress(self) -> tuple[int, float]:
         """Return optimizer step and epoch of the latest checkpoint; 0 without one."""
         places: list[tuple[int, float]] = [(0, 0)]
-        for manifest in self._manifests():
+        for manifest in manifests(self.path, links=True):
             with contextlib.suppress(storage.BrokenCheckpoint):
                 saved = storage.read_manifest(manifest.parent)
                 epoch = saved.meta.get("epoch")
                 places.append((saved.step or 0, epoch if isinstance(epoch, (int, float)) else 0))
         return max(places)
-
-    def _manifests(self) -> list[Path]:
-        """Return the manifests of the checkpoints; a program may keep these in any folder."""
-        above = ("*/", "*/*/", "*/*/*/")
-        return [each for place in above for each in self.path.glob(place + storage.MANIFEST)]
 
     def record(
         self,
@@ -292,8 +272,7 @@ class RunFolder:
             elif isinstance(error, SystemExit) and not error.code:
                 record("finished")
             else:
-                text = f"{type(error).__name__}: {error}".splitlines()[0][:MAX_ERROR]
-                record("crashed", error=text)
+                record("crashed", error=cause(error))
             if self._before and self.trained() == self._trained:
                 first, *_ = self._before.values()
                 for name in RECORDS:

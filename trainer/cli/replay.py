@@ -20,15 +20,15 @@ from typing import Any
 from trainer.brain import Brain, FitArguments
 from trainer.cli import session
 from trainer.cli.arguments import parse
-from trainer.cli.folder import HYPERPARAMS
 from trainer.config.hyperparameters import option_node
 from trainer.config.reading import plain
 from trainer.config.registry import recipe_of
-from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.diagnostics import replay as replaying
 from trainer.inference.loading import OF_THE_MODEL, OF_THE_TRAINING, open_run, recipe_class
 from trainer.loggers import TextLog
 from trainer.options import RunOptions
+from trainer.report.history import commands_of
+from trainer.run_files import HYPERPARAMS, LAUNCH_HEADER
 from trainer.seed import seed_everything
 from trainer.untrusted import confined, printable, read_text
 
@@ -124,9 +124,9 @@ def _build(run: Path, case: Path, more: Sequence[str], package: str) -> Brain:
 def _recipe(folder: Path) -> str:
     """Return the package of the installed recipe whose train.py the last command names."""
     try:
-        last = read_text(folder, "command.txt").splitlines()[-1]
-        started = shlex.split(last)[2:]  # date, time, python, script
-        script = Path(started[1])
+        commands, _ = commands_of(read_text(folder, "command.txt").splitlines())
+        started = commands[-1][1]
+        script = Path(started[1])  # Behind Python.
     except (ValueError, OSError, IndexError):
         raise ValueError(
             f"{folder / 'command.txt'} does not say how the run was started: name the recipe's "

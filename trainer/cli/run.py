@@ -35,21 +35,21 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.cli import arguments, session
 from trainer.cli.ending import end_lines, go_on
 from trainer.cli.environment import environment
-from trainer.cli.folder import HEADER, HYPERPARAMS, RunFolder
+from trainer.cli.folder import RunFolder
 from trainer.config.changes import EXTENDING, RECORDING, Change, Settings, is_place
 from trainer.config.hyperparameters import Configuration, describe
 from trainer.config.reading import dump, represent
 from trainer.config.registry import NAME, Registry, recipe_packages
-from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.defaults import DriverFinished
 from trainer.devices import pick_device
 from trainer.diagnostics.replica_check import DriftError
 from trainer.loggers import JsonlLogger, TextLog
 from trainer.optim.guard import NonFiniteError
 from trainer.options import TRANSIENT_OPTIONS, RunOptions, current_name
+from trainer.run_files import CHECKPOINTS, HEADER, HYPERPARAMS, LAUNCH_HEADER
 from trainer.seed import seed_everything
 from trainer.signals import Interrupted, KeyboardInterrupted
-from trainer.tree import number
+from trainer.texts import first_names, number
 
 # Errors that users may have caused; `session.is_user_error` decides.
 USER_ERRORS = (
@@ -83,7 +83,7 @@ class Run:
     def checkpointer(self) -> Checkpointer:
         """Checkpointer from the hyperparameters, else one that keeps the newest checkpoint."""
         own: Checkpointer | None = self.hparams.get("checkpointer")
-        return own if own is not None else Checkpointer(self.folder / "checkpoints")
+        return own if own is not None else Checkpointer(self.folder / CHECKPOINTS)
 
 
 Train = Callable[[Run], Mapping[str, Any] | None]
@@ -459,10 +459,10 @@ def _check_changes(
     """Raise ValueError if settings that the run was trained with have changed unasked."""
     refused = [str(change) for change in changes if change.kind == "training"]
     if refused and not options.change_hparams:
-        more = f"; and {len(refused) - MAX_CHANGES} more" if len(refused) > MAX_CHANGES else ""
+        told = first_names(refused, MAX_CHANGES, "; ")
         raise ValueError(
             f"the run in {folder} has been trained with other hyperparameters "
-            f"({'; '.join(refused[:MAX_CHANGES])}{more}): give another {prefix}output_folder, "
+            f"({told}): give another {prefix}output_folder, "
             f"{prefix}overwrite to start anew, or {prefix}change_hparams to go on with the new "
             "values (a key that only extends a run is listed under resumable_keys)"
         )

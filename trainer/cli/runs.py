@@ -7,9 +7,7 @@ on, have crashed, or come from elsewhere.
 from __future__ import annotations
 
 import errno
-import math
 import os
-import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,14 +17,15 @@ from typing import Any
 
 from trainer import json_files
 from trainer.cli import session
-from trainer.cli.folder import HYPERPARAMS, LOCK, STATE, RunFolder, is_run
+from trainer.cli.folder import LOCK, STATE, RunFolder
 from trainer.config.changes import Settings
 from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import get
 from trainer.config.run_folder import check_tags
 from trainer.loggers.files import numbers
 from trainer.metrics import RESERVED
-from trainer.tree import number
+from trainer.run_files import HYPERPARAMS, is_run
+from trainer.texts import number, spread
 from trainer.untrusted import confined, printable
 
 MAX_TAIL = 1 << 18  # bytes at the end of metrics.jsonl that are read
@@ -149,17 +148,14 @@ def _last_records(folder: Path) -> tuple[dict[str, dict[str, float]], int | None
     stages: dict[str, dict[str, float]] = {}
     step = None
     for line in reversed(lines):
-        with suppress(json_files.BadJson):
-            record = json_files.parse(line)
-            if not isinstance(record, dict):
-                continue
-            place = record.get("step")
-            if step is None and isinstance(place, int) and abs(place) < 1e15:
-                step = place
-            stage = record.get("stage")
-            if record.get("kind") == "stage" and isinstance(stage, str) and stage not in stages:
-                found = {k: v for k, v in record.items() if k not in RESERVED or k == "loss"}
-                stages[stage] = {k: v for k, v in numbers(found) if v is not None}
+        record = json_files.mapping(line)
+        place = record.get("step")
+        if step is None and isinstance(place, int) and abs(place) < 1e15:
+            step = place
+        stage = record.get("stage")
+        if record.get("kind") == "stage" and isinstance(stage, str) and stage not in stages:
+            found = {k: v for k, v in record.items() if k not in RESERVED or k == "loss"}
+            stages[stage] = {k: v for k, v in numbers(found) if v is not None}
     return stages, step
 
 
@@ -224,8 +220,8 @@ def compare_lines(runs: Sequence[RunFacts]) -> list[str]:
             groups.setdefault((run.stage, *alike.values()), []).append((run, cells))
     for (stage, *shared), group in groups.items():
         if len({cells.get("seed") for _, cells in group}) > 1:
-            spread = (_spread([run.metrics.get(name) for run, _ in group]) for name in names)
-            rows.append((f"mean of {len(group)}", "", "", stage, *spread, *shared))
+            means = (spread(run.metrics.get(name) for run, _ in group) for name in names)
+            rows.append((f"mean of {len(group)}", "", "", stage, *means, *shared))
     return _with_sentences(table(rows), runs, unread)
 
 
@@ -252,14 +248,6 @@ def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
 def _cell(value: Any) -> str:
     text = printable(str(value)) if value is not None else ""
     return text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 1]}…"
-
-
-def _spread(values: Sequence[float | None]) -> str:
-    known = [each for each in values if each is not None and math.isfinite(each)]
-    if not known:
-        return ""
-    spread = f" ± {number(statistics.stdev(known))}" if len(known) > 1 else ""
-    return f"{number(statistics.fmean(known))}{spread}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -24,6 +24,7 @@ from trainer import distributed, processes, signals
 from trainer.config.registry import recipe_packages
 from trainer.frames import is_library
 from trainer.loggers import TextLog
+from trainer.texts import cause
 
 logger = logging.getLogger("trainer")
 
@@ -167,13 +168,13 @@ def failing_as_one() -> Iterator[None]:
         # Collectives raise these types; torchrun stops the remaining ranks by a signal. Errors that
         # all ranks raise have other types.
         failed = type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
-        cause = distributed.departure() if failed or stop is not None else None
-        if cause is not None:
-            if cause["request"] is not None:
-                raise signals.Interrupted(cause["request"], saves=False) from error
-            raise OtherRankFailed(f"rank {cause['rank']} failed: {cause['error']}") from error
-        said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        distributed.depart(request=None if stop is None else stop.number, error=said)
+        first = distributed.departure() if failed or stop is not None else None
+        if first is not None:
+            if first["request"] is not None:
+                raise signals.Interrupted(first["request"], saves=False) from error
+            raise OtherRankFailed(f"rank {first['rank']} failed: {first['error']}") from error
+        number = None if stop is None else stop.number
+        distributed.depart(request=number, error=cause(error))
         if stop is None and several:
             error.add_note(f"(on rank {distributed.rank()})")
         raise

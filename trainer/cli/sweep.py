@@ -20,12 +20,13 @@ from typing import NamedTuple
 from trainer import signals
 from trainer.cli import session
 from trainer.cli.arguments import configure
-from trainer.cli.folder import RunFolder, is_run
+from trainer.cli.folder import RunFolder
 from trainer.cli.recipe import Recipe
 from trainer.cli.runs import read_run
 from trainer.config.changes import Settings
 from trainer.config.hyperparameters import Configuration
 from trainer.options import RunOptions
+from trainer.run_files import is_run
 
 OPEN, CLOSE = "[{(", "]})"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,16 +14,15 @@ from ruamel.yaml.nodes import MappingNode
 from trainer.checkpoint import storage
 from trainer.checkpoint.checkpointer import Best, Checkpointer, ranked
 from trainer.checkpoint.storage import Checkpoint
-from trainer.cli.folder import HYPERPARAMS, RunFolder
+from trainer.cli.folder import RunFolder
 from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import get, nodes, plain
 from trainer.evaluation import load_weights
 from trainer.loggers.files import replace_file, temporary
 from trainer.options import RunOptions
+from trainer.run_files import CHECKPOINTS, HYPERPARAMS, checkpoint_folders
 from trainer.untrusted import bytes_on_disk, confined, memory_in_proportion, printable
 
-CHECKPOINTS = "checkpoints"
-MAX_LEVELS = 3  # of folders within a run folder that are searched for checkpoints
 PLACES = ("epoch", "optimizer_step", "step")  # in the meta of a checkpoint; not metrics
 
 
@@ -45,7 +44,7 @@ def removable(run: Path) -> tuple[list[Removable], list[str]]:
     """
     found: list[Removable] = []
     notes: list[str] = []
-    for folder in _checkpoint_folders(run):
+    for folder in checkpoint_folders(run):
         checkpoints = []
         for entry in sorted(os.scandir(folder), key=lambda each: each.name):
             path = Path(entry.path)
@@ -98,17 +97,6 @@ def remove(items: Sequence[Removable]) -> tuple[int, list[str]]:
         finally:
             folder.close()
     return freed, problems
-
-
-def _checkpoint_folders(run: Path) -> Iterator[Path]:
-    """Yield the folders in a run folder that hold checkpoints, or remains of them."""
-    for place, folders, _ in os.walk(run):  # Links are not followed.
-        if len(Path(place).relative_to(run).parts) >= MAX_LEVELS:
-            folders.clear()
-        holds = [os.path.isfile(os.path.join(place, each, storage.MANIFEST)) for each in folders]
-        if any(holds) or any(map(storage.TEMPORARY_NAME.fullmatch, folders)):
-            yield Path(place)
-            folders.clear()
 
 
 def _kept(checkpoints: Sequence[Checkpoint], run: Path) -> set[Checkpoint]:

@@ -24,7 +24,6 @@ from trainer.config.reading import location, nodes, object_name, plain, tag
 from trainer.config.registry import NAME, NAMES, Registry, is_below, listed_names
 from trainer.untrusted import confined
 
-LAUNCH_HEADER = '# The hyperparameters of a run by trainer.launch; "repr: …" stands for an object.'
 # Module of the name: base class, and the module or package that defines the class.
 KINDS: dict[str, tuple[type, str]] = {
     "torch.nn": (nn.Module, "torch.nn.modules"),

@@ -37,6 +37,7 @@ from trainer.loggers.callback import LoggerCallback
 from trainer.metrics import StageReport, StepReport
 from trainer.optim.step import Update
 from trainer.progress import Stage
+from trainer.texts import first_names
 
 if TYPE_CHECKING:
     from trainer.brain import Brain
@@ -57,7 +58,6 @@ USUAL_CLIP_RATE = 0.95  # Adaptive clippers with a percentile of 10 clip 90 %.
 TINY = 1e-6  # A vanishing norm, or share of the largest layer's norm.
 PATIENCE = 3  # Records in a row before a warning about a layer.
 GROWTH, BLOCKS = 4.0, 5  # Warn if this many medians in a row rise, by this total factor.
-MAX_NAMED = 3  # Layers or parameters named in a message.
 
 # By layer: norms "grad", "weight" and "update", and "ratio", which is update / weight. None without
 # a gradient, or for a weight of 0.
@@ -235,12 +235,6 @@ def _norms(steps: Iterable[StepReport]) -> list[float]:
 def rounded(value: float) -> float:
     """Round to five digits, to keep records short."""
     return float(f"{value:.5g}")
-
-
-def first_names(names: Sequence[str], most: int = MAX_NAMED) -> str:
-    """Return the first ``most`` names and the number of the others, such as "a, b and 3 more"."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _layer(name: str) -> str:

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from trainer import distributed
 from trainer.callbacks import Callback
 from trainer.progress import Stage
+from trainer.texts import first_names
 
 if TYPE_CHECKING:
     from trainer.brain import Brain
@@ -110,12 +111,12 @@ def check_replicas_in_sync(
     names = find_differing(tensors)
     if not names:
         return
-    more = f" and {len(names) - 1} more of {len(tensors)}" if len(names) > 1 else ""
+    of = f" of {len(tensors)}" if len(names) > 1 else ""
     raise DriftError(
-        f"{where} the ranks have different {what}: {names[0]}{more}. Something moved them on one "
-        "rank alone: a step of an optimizer that is not among self.updates, or a change of weights "
-        "that depends on the rank. Weights move through self.optimize; drift_check_every: 0 turns "
-        "this check off"
+        f"{where} the ranks have different {what}: {first_names(names, 1)}{of}. Something moved "
+        "them on one rank alone: a step of an optimizer that is not among self.updates, or a "
+        "change of weights that depends on the rank. Weights move through self.optimize; "
+        "drift_check_every: 0 turns this check off"
     )
 
 

@@ -25,7 +25,7 @@ from trainer import json_files
 from trainer.config.building import resolve
 from trainer.config.reading import items, object_name, paths, tag
 from trainer.config.run_folder import TRAINING_ONLY
-from trainer.tree import number
+from trainer.texts import number, spread
 from trainer.untrusted import confined, printable, read_text
 
 if TYPE_CHECKING:
@@ -301,12 +301,7 @@ def _metrics(
     found = []
     for name, value in measured.items():
         each = [v for v in (value, *(o.get(name, math.nan) for o in others)) if math.isfinite(v)]
-        over_seeds = (
-            f"{number(statistics.fmean(each))} ± {number(statistics.stdev(each))} "
-            f"over {len(each)} seeds"
-            if len(each) > 1
-            else "–"
-        )
+        over_seeds = f"{spread(each)} over {len(each)} seeds" if len(each) > 1 else "–"
         shown = f"{name} ({units[name]})" if name in units else name
         found.append(_Metric(name, shown, value, over_items.get(name, "–"), over_seeds))
     return facts.stage, found
@@ -375,44 +370,41 @@ def _results(stage: str, metrics: Sequence[_Metric]) -> str:
 
 
 def _training(run: Path) -> str:
+    from trainer.report.history import commands_of
+
     text = ""
     with suppress(OSError, ValueError):
         text = read_text(run, "command.txt")
-    lines = [line for line in text.splitlines() if line.strip()]
-    commands = [_command(line) for line in lines if not line.startswith("#")][-MAX_COMMANDS:]
-    changes = [line[1:].strip() for line in lines if line.startswith("#")][-MAX_COMMANDS:]
+    starts, changes = commands_of(text.splitlines())
+    commands = [_shortened(words) for _, words in starts[-MAX_COMMANDS:]]
     parts = ["The run has no record of its command."]
     if commands:
         options = ", ".join(f"`{each}`" for each in _options(commands[-1]))
         parts = [
             "The commands of the run:",
-            _fenced("\n".join(commands), "sh"),
+            _fenced("\n".join(map(shlex.join, commands)), "sh"),
             f"Other than in the YAML: {options}."
             if options
             else "All values are those of the YAML.",
         ]
-    parts += [f"- {escaped(each)}" for each in changes]
+    parts += [f"- {escaped(each)}" for each in changes[-MAX_COMMANDS:]]
     return "\n\n".join(filter(None, [*parts, _environment(run)]))
 
 
-def _command(line: str) -> str:
-    """Return a recorded command without its time, with absolute paths cut to their last parts."""
-    line = re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", line)
-    try:
-        words = shlex.split(line)
-    except ValueError:  # Cut within quotes.
-        words = line.split(" ")
+def _shortened(command: list[str]) -> list[str]:
+    """Return the words of a command with only the last parts of absolute paths."""
+    words = list(command)
     for place, word in enumerate(words):
         if os.path.isabs(word):
             below = re.search(r"(recipes|hparams)/.*", word) if place else None
             words[place] = below[0] if below else os.path.basename(word.rstrip("/"))
-    return shlex.join(words)
+    return words
 
 
-def _options(command: str) -> list[str]:
+def _options(command: Sequence[str]) -> list[str]:
     """Return the options of a command, except those for its output and its progress bar."""
     given: list[list[str]] = []
-    for word in shlex.split(command):
+    for word in command:
         if word.startswith("--"):
             given.append([word[2:]])
         elif given:
@@ -427,10 +419,7 @@ def _options(command: str) -> list[str]:
 
 def _environment(run: Path) -> str:
     """Return the recorded revision and versions."""
-    found: Any = None
-    with suppress(OSError, ValueError):
-        found = json_files.read(confined(run, run / "environment.json"))
-    found = found if isinstance(found, dict) else {}
+    found = json_files.read_mapping(run, run / "environment.json")
     git, packages, gpus = found.get("git"), found.get("packages"), found.get("gpus")
     rows = []
     if isinstance(git, dict) and git.get("revision"):
@@ -476,26 +465,19 @@ def _cell(cell: Mapping[str, Any], source: Path, target: Path) -> str:
         said, heard = (" ".join(str(p[n]) for p in pairs if p[n] is not None) for n in (0, 1))
         return f"{escaped(said)}<br>{escaped(heard)}"
     name = re.sub(r"[^\w.-]", "_", os.path.basename(str(cell.get("file"))))
-    if kind == "audio" and _copy_sound(source / str(cell.get("file")), source, target / name):
+    if kind == "audio" and _copy_sound(source, cell.get("file"), target / name):
         player = f'<audio controls src="samples/{name}"></audio>'
         return f"{player} [{escaped(name)}](samples/{name})"
     return ""
 
 
-def _copy_sound(path: Path, source: Path, target: Path) -> bool:
+def _copy_sound(source: Path, name: object, target: Path) -> bool:
     """Copy a sound in a folder; return False for another file, or if no room is left."""
-    from trainer.report.samples import MARKS
+    from trainer.report.samples import read_file
 
-    mark = MARKS.get(path.suffix)
     left = MAX_BYTES - sum(each.stat().st_size for each in target.parent.glob("*"))
-    if path.suffix == ".png" or mark is None:
-        return False
-    try:
-        with confined(source, path).open("rb") as file:
-            content = file.read(left + 1)
-    except (OSError, ValueError):
-        return False
-    if not content.startswith(mark) or len(content) > left:
+    kind, content = read_file(source, name, left)
+    if not kind.startswith("audio/") or len(content) > left:
         return False
     target.parent.mkdir(exist_ok=True)
     target.write_bytes(content)

@@ -24,10 +24,11 @@ from trainer.config.registry import recipe_packages
 from trainer.config.run_folder import KINDS
 from trainer.inference.cards import write_card
 from trainer.inference.graphs import FILES, example_code, write_graph
-from trainer.inference.initialise import HYPERPARAMS, WEIGHTS
-from trainer.inference.loading import CHECKPOINTS, RECIPE, Origin, origin_of
+from trainer.inference.initialise import WEIGHTS
+from trainer.inference.loading import RECIPE, Origin, origin_of
 from trainer.inference.model import Model
 from trainer.options import BRAIN_KEYS, HINTS, nearest
+from trainer.run_files import CHECKPOINTS, HYPERPARAMS
 from trainer.untrusted import confined, no_modules_from
 
 if TYPE_CHECKING:

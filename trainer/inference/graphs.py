@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 
-from trainer.untrusted import printable
+from trainer.texts import cause
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 TOLERANCE = 1e-4  # largest difference to torch, relative to the largest value above 1
@@ -117,10 +117,7 @@ def write_graph(graph: Graph, to: str, folder: Path) -> dict[str, Any]:
                 )
                 run = _session(path, graph)
     except Exception as error:  # Raised by any of the libraries.
-        reason = printable(str(error).strip().partition("\n")[0][:300])
-        raise ValueError(
-            f"the network cannot be exported to {to}: {type(error).__name__}: {reason}"
-        ) from error
+        raise ValueError(f"the network cannot be exported to {to}: {cause(error)}") from error
     sizes = list(dict.fromkeys(itertools.product(BATCHES, graph.lengths)))
     reference = graph.reference or module
     worst = max(_difference(reference, run, graph.example(*each), to) for each in sizes)

@@ -26,12 +26,13 @@ from trainer.checkpoint.frozen import BASE, base_of
 from trainer.checkpoint.run_state import misfit
 from trainer.checkpoint.user_state import KEY
 from trainer.options import nearest
+from trainer.run_files import CHECKPOINTS, HYPERPARAMS
+from trainer.texts import first_line, first_names
 from trainer.untrusted import confined, printable
 
 if TYPE_CHECKING:
     from trainer.brain import Brain
 
-HYPERPARAMS = "hyperparams.yaml"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ENDING = ".safetensors"
@@ -40,7 +41,6 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Keys of a state_dict in files, and prefixes that wrappers of a model add to names.
 HOLDERS = ("state_dict", "model_state_dict", "model", "modules", "module", "weights")
 WRAPPERS = ("module.", "_orig_mod.")
-MAX_SHOWN = 3  # names in a line
 
 logger = logging.getLogger("trainer")
 
@@ -149,8 +149,7 @@ def _targets(
 
 
 def _some(names: Iterable[str]) -> str:
-    shown = [printable(each) for each in names]
-    return ", ".join(shown[:MAX_SHOWN]) + (", …" if shown[MAX_SHOWN:] else "") if shown else "none"
+    return first_names(map(printable, names)) or "none"
 
 
 def _listed(names: list[str]) -> str:
@@ -193,7 +192,7 @@ def read_weights(source: str) -> Weights:
 
 def is_export(folder: Path) -> bool:
     """Return True for a folder with the weights of an export, and no checkpoints."""
-    return (folder / WEIGHTS).is_file() and not (folder / "checkpoints").exists()
+    return (folder / WEIGHTS).is_file() and not (folder / CHECKPOINTS).exists()
 
 
 def read_export(folder: Path) -> Weights:
@@ -265,8 +264,7 @@ def _of_file(path: Path) -> Weights:
                 "tensors; allowed: safetensors, or a state_dict that torch.save has written"
             ) from error
         raise ValueError(
-            f"init_from {path}: it cannot be read as weights "
-            f"({printable(str(error).partition(chr(10))[0][:200])})"
+            f"init_from {path}: it cannot be read as weights ({first_line(error)})"
         ) from error
     found = _tensors(content, path)
     _warn(path, found)

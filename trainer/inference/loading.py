@@ -37,7 +37,6 @@ from trainer.config.registry import recipe_packages
 from trainer.devices import pick_device
 from trainer.evaluation import load_weights, rng_kept_alone
 from trainer.inference.initialise import (
-    HYPERPARAMS,
     WEIGHTS,
     initialise,
     is_export,
@@ -45,7 +44,9 @@ from trainer.inference.initialise import (
 )
 from trainer.inference.model import Model
 from trainer.options import RunOptions
+from trainer.run_files import CHECKPOINTS, HYPERPARAMS
 from trainer.seed import seed_everything
+from trainer.texts import cause
 from trainer.untrusted import (
     confined,
     memory_in_proportion,
@@ -57,7 +58,6 @@ from trainer.untrusted import (
 if TYPE_CHECKING:
     from trainer.brain import Brain
 
-CHECKPOINTS = "checkpoints"
 RECIPE = "recipe"  # Key of an exported YAML: package of the recipe.
 
 # Run options read from a run folder to use its model, and to replay its steps.
@@ -361,7 +361,7 @@ def open_run(
             reason = (
                 "it needs far more memory than its checkpoints account for"
                 if memory
-                else f"{type(error).__name__}: {printable(str(error).partition(chr(10))[0])}"
+                else cause(error)
             )
             nulls = [key for key, node in items(configuration.root) if tag(node) == NULL]
             if "NoneType" in reason and nulls:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from trainer import distributed, json_files
 from trainer.callbacks import Callback
-from trainer.checkpoint.storage import MANIFEST
 from trainer.loggers.choice import LoggerFactory, best_checkpoint, configuration, name_of
 from trainer.loggers.files import JsonlLogger, run_folder
 from trainer.loggers.marks import Places, StepMarks
@@ -24,6 +23,7 @@ from trainer.loggers.progress_bar import announce
 from trainer.loggers.protocol import Logger, RunInfo, series
 from trainer.metrics import RESERVED, SHOWN, StageReport
 from trainer.options import RunOptions
+from trainer.run_files import HYPERPARAMS, manifests
 from trainer.samples import Aligned, Audio, Histogram, Image, Matrix, Samples
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ class LoggerCallback(Callback):
             return
         for slot in [each for each in self._slots if not each.chosen]:
             self._close(slot)  # Writes the report.
-        files = {name: self.folder / name for name in ("hyperparams.yaml", "report.html")}
+        files = {name: self.folder / name for name in (HYPERPARAMS, "report.html")}
         best = best_checkpoint(brain.checkpointer)
         files |= {"checkpoint": best} if best else {}
         for name, path in files.items():
@@ -244,7 +244,7 @@ class LoggerCallback(Callback):
         folder = self.folder
         if folder is None or brain.checkpointer is None or self._places.last:
             return False
-        return folder.absolute() not in self._complete and not any(folder.rglob(MANIFEST))
+        return folder.absolute() not in self._complete and not manifests(folder)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of records in `metrics.jsonl`, or None without that file.

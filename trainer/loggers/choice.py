@@ -16,6 +16,7 @@ from trainer.loggers.tables import CsvLogger
 from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.loggers.wandb import WandbLogger
 from trainer.options import RunOptions, nearest
+from trainer.run_files import HYPERPARAMS
 
 LoggerFactory = Callable[[Path], Logger]
 NAMES = ("tensorboard", "wandb", "mlflow", "csv")
@@ -95,7 +96,7 @@ def configuration(
     from trainer.config.registry import Registry
 
     values: Mapping[str, Any] = {**hparams, **vars(options)}
-    if (path := folder / "hyperparams.yaml").exists():
+    if (path := folder / HYPERPARAMS).exists():
         with contextlib.suppress(ValueError):  # It may call functions that only its program allows.
             values = Settings(read(path, alone=True)[0], Registry()).values
     return dict(_flat(values))

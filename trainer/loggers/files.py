@@ -270,11 +270,8 @@ def finite(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def _step_of(line: bytes) -> float:
     """Return the step of a line: -inf if it has none, inf if it cannot be read."""
-    try:
-        record = json_files.parse(line)
-    except json_files.BadJson:
-        return math.inf
-    step = record.get("step") if isinstance(record, dict) else math.inf
+    record = json_files.mapping(line)
+    step = record.get("step") if record else math.inf
     return step if isinstance(step, (int, float)) else -math.inf
 
 
@@ -325,10 +322,9 @@ class SampleLogger(Logger):
     def resume(self, step: int) -> None:
         """Delete samples of later steps, since they will come again."""
         for path in self._tables():
-            with contextlib.suppress(OSError, json_files.BadJson):
-                table = json_files.read(path)
-                shown = table.get("step") if isinstance(table, dict) else None
-                if isinstance(shown, int) and shown > step:
+            shown = json_files.read_mapping(self.folder, path).get("step")
+            if isinstance(shown, int) and shown > step:
+                with contextlib.suppress(OSError):
                     self._remove(path)
 
     def _tables(self) -> list[Path]:

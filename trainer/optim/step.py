@@ -32,6 +32,7 @@ from trainer.distributed.announcements import Votes
 from trainer.distributed.strategy import BatchGivenUp, Strategy, WindowSums
 from trainer.metrics import Outcome, StepReport
 from trainer.optim.settings import set_rates_anew, with_new_settings
+from trainer.texts import first_names
 from trainer.tree import plain_number
 
 logger = logging.getLogger("trainer")
@@ -247,9 +248,9 @@ class Update:
         if found and self.is_first("untrained"):
             warnings.warn(
                 f"the loss given to optimize({self.name!r}) reaches {len(found)} parameters that "
-                f"no optimizer has ({', '.join(found[:3])}{', …' if len(found) > 3 else ''}): they "
-                "do not train, and their gradients cost time. Give them to an optimizer, or call "
-                "requires_grad_(False) on their module",
+                f"no optimizer has ({first_names(found)}): they do not train, and their gradients "
+                "cost time. Give them to an optimizer, or call requires_grad_(False) on their "
+                "module",
                 stacklevel=5,
             )
 
@@ -288,8 +289,7 @@ class Update:
         found = [self.names[p] for p in self.all_params if p in theirs and p in self.names]
         if not found:
             return "a parameter"
-        more = f" and {len(found) - 3} more" if found[3:] else ""
-        return f"the parameter{'s' if found[1:] else ''} {', '.join(found[:3])}{more}"
+        return f"the parameter{'s' if found[1:] else ''} {first_names(found)}"
 
     def drop_window(self) -> None:
         """Discard the window and its gradients."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from trainer.report.page import (
 )
 from trainer.report.plots import STEP, display_name, is_loss
 from trainer.report.samples import read_tables, render_tables
+from trainer.texts import spread
 
 MAX_RUNS = 24
 MAX_VALUE = 200  # characters of a setting
@@ -143,21 +143,11 @@ def _spread(runs: Sequence[Compared]) -> str:
     rows = []
     for group in groups.values():
         title = ", ".join(f"{key}={group[0].settings.get(key, '–')}" for key in keys)
-        cells = []
-        for name in names:
-            values = [found[name] for run in group if name in (found := run.results())]
-            mean = number(statistics.fmean(values)) if values else "–"
-            cells.append(mean + (f" ± {number(_deviation(values))}" if len(values) > 1 else ""))
+        found = [run.results() for run in group]
+        cells = [spread((each.get(name) for each in found), number) or "–" for name in names]
         rows.append([escape(title[:MAX_VALUE] or group[0].name), str(len(group)), *cells])
     note = "<p>Mean and standard deviation over runs whose settings differ only in the seed.</p>"
     return note + table("Over seeds", ["settings", "runs", *names], rows)
-
-
-def _deviation(values: Sequence[float]) -> float:
-    try:
-        return statistics.stdev(values)
-    except OverflowError:  # For values near the largest float.
-        return float("inf")
 
 
 Facts = Sequence[Mapping[str, str]]  # of each run

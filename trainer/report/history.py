@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -121,11 +123,7 @@ def read_history(path: Path) -> History:
         return history
     with path.open("rb") as file:
         for line in json_files.lines(file):
-            try:
-                record = json_files.parse(line)
-            except json_files.BadJson:
-                record = None
-            record = record if isinstance(record, dict) else {}
+            record = json_files.mapping(line)
             kind, step = record.get("kind"), record.get("step")
             if kind == "step" and _is_number(step):
                 _add(history.steps, step, record)
@@ -144,6 +142,23 @@ def read_history(path: Path) -> History:
                 history.last_step = max(history.last_step, int(step))  # A run of only a test has 0.
     history.stages = list(stages.values())
     return history
+
+
+def commands_of(lines: Iterable[str]) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """Return time and words of each command in `command.txt`, and the changes between starts."""
+    commands, changes = [], []
+    for line in filter(str.strip, lines):
+        if line.startswith("#"):
+            changes.append(line[1:].strip())
+            continue
+        found = re.fullmatch(r"(\d+-\d+-\d+ \d+:\d+:\d+)? *(.*)", line)
+        time, command = (found[1] or "", found[2]) if found else ("", line)
+        try:
+            words = shlex.split(command)
+        except ValueError:  # Cut within quotes.
+            words = command.split()
+        commands.append((time, words))
+    return commands, changes
 
 
 def _add(curves: Curves, step: float, record: Mapping[str, Any]) -> None:

@@ -6,10 +6,8 @@ import json
 import math
 import os
 import re
-import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from itertools import dropwhile, islice
 from operator import itemgetter
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 from trainer import json_files
 from trainer.report.axis import Axis, count, number
 from trainer.report.chart import Chart, draw
-from trainer.report.history import Curve, History, measures_of, read_history
+from trainer.report.history import Curve, History, commands_of, measures_of, read_history
 from trainer.report.html import document, escape, section, table, tiles
 from trainer.report.plots import PARTS, display_name, is_loss, lost_steps, sections
 from trainer.report.samples import read_tables, render_tables
@@ -208,10 +206,9 @@ def _nonfinite_reports(folder: Path) -> dict[int, str]:
     """
     found = []
     for path in sorted(folder.glob("nonfinite/**/report.json")):
-        with suppress(OSError, json_files.BadJson):
-            record = json_files.read(path)
-            if isinstance(record, dict) and type(record.get("step")) is int:
-                found.append((record["step"], path, record))
+        record = json_files.read_mapping(folder, path)
+        if type(record.get("step")) is int:
+            found.append((record["step"], path, record))
     items: dict[int, str] = {}
     for step, path, record in sorted(found, key=itemgetter(0))[:MAX_SKIPPED]:
         causes = record.get("causes")
@@ -283,24 +280,16 @@ def _cell(value: Any) -> str:
 def _settings(folder: Path) -> str:
     """Return the command-line options of each start, and the changes between starts."""
     rows: list[list[str]] = []
-    changes = ""
-    for line in tail(folder / "command.txt", MAX_COMMANDS):
-        if line.startswith("#"):
-            changes += f"<li>{escape(line[1:].strip())}</li>"
-            continue
-        date, clock, arguments = (line.split(" ", 2) + ["", ""])[:3]
-        try:
-            given = shlex.split(arguments)
-        except ValueError:  # Cut within quotes.
-            given = []
-        given = [*dropwhile(lambda each: not each.startswith("--"), given)]
+    commands, changes = commands_of(tail(folder / "command.txt", MAX_COMMANDS))
+    for when, words in commands:
+        given = [*dropwhile(lambda each: not each.startswith("--"), words)]
         if given or not rows:
-            rows.append([escape(f"{date} {clock}"), escape(" ".join(given)) or "–"])
+            rows.append([escape(when), escape(" ".join(given)) or "–"])
     if not rows and not changes:
         return ""
     found = table("Options of each start", ("start", "other than in the YAML"), rows, "words")
-    found += f'<ul class="warnings">{changes}</ul>' if changes else ""
-    return section("Hyperparameters", found)
+    listed = "".join(f"<li>{escape(each)}</li>" for each in changes)
+    return section("Hyperparameters", found + warning_list(listed))
 
 
 def _environment(folder: Path) -> str:
@@ -313,11 +302,7 @@ def _environment(folder: Path) -> str:
 
 def environment(folder: Path) -> dict[str, str]:
     """Return versions and machine of a run as texts; empty if they cannot be read."""
-    try:
-        known = json_files.read(folder / "environment.json")
-    except (OSError, json_files.BadJson):
-        return {}
-    known = known if isinstance(known, dict) else {}
+    known = json_files.read_mapping(folder, folder / "environment.json")
     return {name: _words(known[name]) for name in ENVIRONMENT if name in known}
 
 

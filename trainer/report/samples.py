@@ -25,8 +25,11 @@ from trainer.untrusted import confined
 MAX_EMBEDDED = 6_500_000  # bytes of the files in a page; 8.7 MB in base64
 MAX_TEXT = 20_000  # characters of a cell
 MAX_FACT = 40  # characters of a text shown beside numbers, not below its name
-TYPES = {".flac": "audio/flac", ".wav": "audio/wav", ".png": "image/png"}
-MARKS = {".flac": b"fLaC", ".wav": b"RIFF", ".png": b"\x89PNG"}  # First bytes of files by suffix.
+# Types and first bytes of the files.
+TYPES = {
+    ".flac": ("audio/flac", b"fLaC"), ".wav": ("audio/wav", b"RIFF"),
+    ".png": ("image/png", b"\x89PNG"),
+}  # fmt: skip
 ERRORS = {"S": "substituted", "D": "deleted", "I": "inserted"}
 
 Row = dict[str, Any]
@@ -52,27 +55,33 @@ class Embedder:
 
     def uri(self, folder: Path, name: object) -> str | None:
         """Return a file as a data: URI; None if it is not such a file, or the page is full."""
-        path, content = folder / str(name), b""  # The name, read from a file, may be anything.
-        # ValueError: the path leads elsewhere, or has a NUL.
-        with suppress(OSError, ValueError), confined(folder, path).open("rb") as file:
-            content = file.read(self.left + 1)
-        if path.suffix not in TYPES or not content.startswith(MARKS[path.suffix]):
-            return None
+        kind, content = read_file(folder, name, self.left)
         if len(content) > self.left:
             self.missing.append(str(name))
             return None
         self.left -= len(content)
-        return f"data:{TYPES[path.suffix]};base64,{base64.b64encode(content).decode()}"
+        return f"data:{kind};base64,{base64.b64encode(content).decode()}" if content else None
+
+
+def read_file(folder: Path, name: object, most: int) -> tuple[str, bytes]:
+    """Return type and content of a sound or picture in a folder; none of any other file.
+
+    A file of more than ``most`` bytes is cut behind them and one more.
+    """
+    path, content = folder / str(name), b""  # The name, read from a file, may be anything.
+    kind, mark = TYPES.get(path.suffix, ("", b""))
+    # ValueError: the path leads elsewhere, or has a NUL.
+    with suppress(OSError, ValueError), confined(folder, path).open("rb") as file:
+        content = file.read(most + 1)
+    return (kind, content) if kind and content.startswith(mark) else ("", b"")
 
 
 def read_tables(folder: Path) -> list[Table]:
     """Return the samples of a run folder, first those of the test."""
     found = []
     for path in sorted((folder / SAMPLES).glob(f"*/{TABLE}"))[: 2 * MAX_SETS]:
-        table: Any = None
-        with suppress(OSError, ValueError):  # Also BadJson, and paths that lead elsewhere.
-            table = json_files.read(confined(folder, path))
-        rows = table.get("rows") if isinstance(table, dict) else None
+        table = json_files.read_mapping(folder, path)
+        rows = table.get("rows")
         if not isinstance(rows, list) or not rows:
             continue
         facts = [str(table["note"])] if table.get("note") else []

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from trainer.data.batch import as_tensor, count_examples
-from trainer.diagnostics.layer_monitor import first_names
 from trainer.diagnostics.nonfinite.probe import Finding, Origin
 from trainer.diagnostics.nonfinite.serialize import batch_fields, data_and_lengths
+from trainer.texts import first_names
 from trainer.tree import leaves
 
 MAX_NAMED = 5  # Examples named in a message.

@@ -30,8 +30,6 @@ import torch
 
 from trainer import distributed, seed
 from trainer.config.registry import recipe_of
-from trainer.config.run_folder import LAUNCH_HEADER
-from trainer.diagnostics.layer_monitor import first_names
 from trainer.diagnostics.nonfinite.diagnoses import diagnose
 from trainer.diagnostics.nonfinite.probe import CollectiveCalled, Finding, NonFiniteFound, Probe
 from trainer.diagnostics.nonfinite.serialize import describe_batch, serialize_batch
@@ -39,6 +37,8 @@ from trainer.loggers.callback import loggers_of
 from trainer.loggers.files import as_json, run_folder, temporary
 from trainer.metrics import StepReport
 from trainer.optim.guard import NonFiniteError, Tracer
+from trainer.run_files import HYPERPARAMS, LAUNCH_HEADER
+from trainer.texts import first_names
 from trainer.untrusted import read_text
 
 if TYPE_CHECKING:
@@ -127,9 +127,9 @@ class NonFiniteReport:
         assert self.folder is not None
         run, program = self.folder.parents[1 + self.name.count("/")], Path(sys.argv[0])
         command = f"cortex replay {shlex.quote(str(run))} {self.name}"
-        if not (run / "hyperparams.yaml").is_file() or program.suffix != ".py":
+        if not (run / HYPERPARAMS).is_file() or program.suffix != ".py":
             return command
-        if read_text(run, "hyperparams.yaml").startswith(LAUNCH_HEADER):
+        if read_text(run, HYPERPARAMS).startswith(LAUNCH_HEADER):
             return f"trainer.launch with the hyperparameter replay={str(self.folder)!r}"
         # A run folder never chooses a program: a user's own has to be named.
         own = recipe_of(program.resolve()) is None
