@@ -39,6 +39,14 @@ ROOT = Path(__file__).parents[1]
 WORLD_SIZE = 2
 
 
+def alive(process: int) -> bool:
+    """Return True for a process that runs, and is no zombie, which is left to its parent."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 class Forks:
     """Server of processes, started by the first call.
 

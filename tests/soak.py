@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 
+from tests.processes import alive
 from trainer.cli.folder import AS_STARTED, LOCK
 
 ROOT = Path(__file__).parents[1]
@@ -62,14 +63,6 @@ def data_faults(seed: int, epoch: int) -> dict[int, str]:
     """Return the faults of an epoch's items, one of each kind, by item."""
     items = random.Random(f"{seed} {epoch}").sample(range(ITEMS), len(DATA_FAULTS))
     return dict(zip(items, DATA_FAULTS, strict=True))
-
-
-def alive(pid: int) -> bool:
-    """Return True for a process that runs, and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def marked(folder: Path) -> set[int]:

@@ -184,6 +184,14 @@ def test_every_test_that_the_guarantees_name_exists() -> None:
     assert unheld == []
 
 
+def test_the_design_has_every_module() -> None:
+    named = re.findall(r"`trainer\.(\w+)`", (ROOT / "docs" / "design.md").read_text())
+    modules = {each.stem for each in TRAINER.iterdir() if (each / "__init__.py").is_file()}
+    modules |= {each.stem for each in TRAINER.glob("*.py") if not each.stem.startswith("__")}
+    assert len(modules) > 30
+    assert modules <= {*named}
+
+
 def test_the_walks_through_the_code_are_as_short_as_the_docs_say() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.walks"],

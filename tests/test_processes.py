@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.processes import TwoRanks
+from tests.processes import TwoRanks, alive
 
 
 def identify() -> dict[str, object]:
@@ -73,17 +73,9 @@ def test_what_takes_too_long_is_ended_with_its_children(
     children = [int(path.name) for path in tmp_path.iterdir()]
     assert len(children) == 2
     end = time.monotonic() + 10
-    while any(map(runs, children)):
+    while any(map(alive, children)):
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def runs(process: int) -> bool:
-    """Return True unless a process has ended; a zombie is left to its foster parent."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def end_the_server() -> None:

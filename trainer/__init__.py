@@ -39,30 +39,11 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "Brain",
-    "Callback",
-    "Checkpointer",
-    "EpochCounter",
-    "Model",
-    "NonFiniteError",
-    "Run",
-    "RunOptions",
-    "Stage",
-    "StageReport",
-    "StepReport",
-    "create_experiment_directory",
-    "ddp_init_group",
-    "dump_hyperpyyaml",
-    "export",
-    "if_main_process",
-    "launch",
-    "load",
-    "load_hparams",
-    "load_hyperpyyaml",
-    "main",
-    "parse_arguments",
-    "run_on_main",
-]
+    "Brain", "Callback", "Checkpointer", "EpochCounter", "Model", "NonFiniteError", "Run",
+    "RunOptions", "Stage", "StageReport", "StepReport", "create_experiment_directory",
+    "ddp_init_group", "dump_hyperpyyaml", "export", "if_main_process", "launch", "load",
+    "load_hparams", "load_hyperpyyaml", "main", "parse_arguments", "run_on_main",
+]  # fmt: skip
 
 # Names of this package that a YAML may build, and the hyperparams.yaml of a run folder too.
 RUN_NAMES = (
@@ -82,29 +63,25 @@ YAML_NAMES = (
 
 # Modules of the public names, which are imported on first use: `import trainer` imports no torch.
 _MODULES = {
-    "Brain": "trainer.brain",
-    "Callback": "trainer.callbacks",
-    "Checkpointer": "trainer.checkpoint",
-    "EpochCounter": "trainer.epochs",
-    "Model": "trainer.inference",
-    "NonFiniteError": "trainer.optim.guard",
-    "Run": "trainer.cli",
-    "RunOptions": "trainer.options",
-    "Stage": "trainer.progress",
-    "StageReport": "trainer.metrics",
-    "StepReport": "trainer.metrics",
-    "create_experiment_directory": "trainer.compat.speechbrain",
-    "ddp_init_group": "trainer.compat.speechbrain",
-    "dump_hyperpyyaml": "trainer.compat.speechbrain",
-    "export": "trainer.inference",
-    "if_main_process": "trainer.compat.speechbrain",
-    "launch": "trainer.cli",
-    "load": "trainer.inference",
-    "load_hparams": "trainer.config.hyperparameters",
-    "load_hyperpyyaml": "trainer.compat.speechbrain",
-    "main": "trainer.cli",
-    "parse_arguments": "trainer.compat.speechbrain",
-    "run_on_main": "trainer.compat.speechbrain",
+    name: module
+    for module, names in {
+        "trainer.brain": "Brain",
+        "trainer.callbacks": "Callback",
+        "trainer.checkpoint": "Checkpointer",
+        "trainer.epochs": "EpochCounter",
+        "trainer.inference": "Model export load",
+        "trainer.optim.guard": "NonFiniteError",
+        "trainer.cli": "Run launch main",
+        "trainer.options": "RunOptions",
+        "trainer.progress": "Stage",
+        "trainer.metrics": "StageReport StepReport",
+        "trainer.compat.speechbrain": (
+            "create_experiment_directory ddp_init_group dump_hyperpyyaml if_main_process "
+            "load_hyperpyyaml parse_arguments run_on_main"
+        ),
+        "trainer.config.hyperparameters": "load_hparams",
+    }.items()
+    for name in names.split()
 }
 
 

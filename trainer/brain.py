@@ -617,9 +617,9 @@ class Brain(SpeechBrainNames):
         groups = self.__groups
         if groups is not None and groups.begin_window(self.updates, progress.optimizer_step):
             self.__modes.unfreeze(self.__trained_parameters())
-        if not self.__in_window():
+        opens_window = not self.__in_window()
+        if opens_window:
             guard.begin_window()
-            self.__tracer.begin_window()
             progress.joint = None
         weight = self.__weigh(batch)
         progress.step += 1
@@ -627,7 +627,7 @@ class Brain(SpeechBrainNames):
         outer, self.__batch = self.__batch, _Batch(batch, weight, is_last)
         try:
             guard.begin_batch()
-            self.__tracer.begin_batch(batch, is_last)
+            self.__tracer.begin_batch(batch, is_last, opens_window)
             self.callbacks.call("on_batch_start", self, batch)
             loss = self.__fit_or_give_up(batch)
             if not self.__votes.gave_up:
@@ -1880,7 +1880,8 @@ def _is_same_device(value: Any, device: torch.device) -> bool:
 def _names_of_ours(kind: type) -> set[str]:
     """Return the names of a class that Python makes private to `Brain`, since it is called so."""
     functions = [value for value in vars(kind).values() if isinstance(value, FunctionType)]
-    used = chain(vars(kind), *(function.__code__.co_names for function in functions))
+    own = [each for each in functions if each.__module__ != __name__]  # `fit = Brain.fit` is ours.
+    used = chain(vars(kind), *(function.__code__.co_names for function in own))
     return {f"__{name.removeprefix('_Brain__')}" for name in used if name.startswith("_Brain__")}
 
 

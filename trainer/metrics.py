@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer import checks, distributed
-from trainer.tree import plain_number
+from trainer.tree import map_leaves, plain_number
 
 Outcome = Literal["stepped", "accumulated", "overflowed", "skipped"]
 OUTCOMES: tuple[Outcome, ...] = ("stepped", "accumulated", "overflowed", "skipped")
@@ -494,7 +494,9 @@ class TrainingMetrics:
                 stage: {name: mean.state_dict() for name, mean in means.items()}
                 for stage, means in self.logged.items()
             },
-            "waiting": [[names, _plain(loss), weight] for names, loss, weight in self._waiting],
+            "waiting": [
+                [names, map_leaves(float, loss), weight] for names, loss, weight in self._waiting
+            ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -510,8 +512,7 @@ class TrainingMetrics:
             stage: {name: _restored(Mean(), saved) for name, saved in means.items()}
             for stage, means in state["logged"].items()
         }
-        # Checkpoints of earlier versions have no waiting losses.
-        self._waiting = [(list(n), deepcopy(loss), w) for n, loss, w in state.get("waiting", ())]
+        self._waiting = [(list(n), deepcopy(loss), w) for n, loss, w in state["waiting"]]
 
 
 def _detached(loss: Any) -> Any:
@@ -519,13 +520,6 @@ def _detached(loss: Any) -> Any:
     if isinstance(loss, Mapping):
         return {name: _detached(part) for name, part in loss.items()}
     return loss.detach().clone() if isinstance(loss, Tensor) else loss
-
-
-def _plain(loss: Any) -> Any:
-    """Return a loss as numbers, for a checkpoint."""
-    if isinstance(loss, Mapping):
-        return {name: _plain(part) for name, part in loss.items()}
-    return float(loss)
 
 
 def _restored(part: Any, state: Mapping[str, Any]) -> Any:

@@ -6,7 +6,7 @@ Every trainer runs the same steps: a tiny MLP, Adam, a clipped norm, a finite ch
 Batches come from a list, from a DataLoader of ready batches, and from a DataLoader of items, which
 the bare loop reads as well. All take turns, each beside a bare loop of its own, and the median of
 the ratios is printed, so that a noisy machine disturbs all alike. Peers take part where they are
-installed: speechbrain, accelerate, lightning.
+installed: speechbrain, accelerate, pytorch-lightning.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def run_accelerate(batches: Batches, epochs: int, window: int = 1) -> None:
 
 def run_lightning(batches: Batches, epochs: int, window: int = 1) -> None:
     """Lightning's Trainer."""
-    import lightning
+    import pytorch_lightning as lightning
 
     class Peer(lightning.LightningModule):
         def __init__(self) -> None:
@@ -187,7 +187,7 @@ TRAINERS: dict[str, Run] = {
     "trainer": run_brain,
     "speechbrain": run_speechbrain,
     "accelerate": run_accelerate,
-    "lightning": run_lightning,
+    "pytorch_lightning": run_lightning,
 }
 
 
@@ -273,7 +273,8 @@ def main() -> None:
         name for name in TRAINERS if name == "trainer" or importlib.util.find_spec(name) is not None
     ]
     print(f"torch {torch.__version__}, one thread, tiny MLP, median of 15 turns")
-    print(f"{'':24}{'bare loop':>12}" + "".join(f"{name:>12}" for name in names) + f"{'goal':>8}")
+    heads = "".join(f"{name.removeprefix('pytorch_'):>12}" for name in names)
+    print(f"{'':24}{'bare loop':>12}{heads}{'goal':>8}")
     for title, row in ROWS.items():
         found, step = ratios(names, row)
         cells = "".join(f"{f'x{found[name]:.3f}':>12}" for name in names)

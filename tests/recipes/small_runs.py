@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from tests.recipes.finetune.small import save_whisper
-from trainer import Checkpointer
+from trainer import Checkpointer, Run, cli
 from trainer.config.hyperparameters import Configuration
 
 HPARAMS = Path(__file__).parents[2] / "hparams"
@@ -188,6 +189,12 @@ CASES: dict[str, Case] = {
         not_imported=("recipes.tacotron2.train", "recipes.tacotron2.data"),
     ),
 }  # fmt: skip
+
+
+def moved_run(train: Callable[[Run], Any], yaml: Path, folder: Path, *arguments: str) -> Path:
+    """Train by a recipe, and return the run folder, moved to where it was not made."""
+    cli.main(train, [str(yaml), "--output_folder", str(folder / "run"), *arguments])
+    return Path(shutil.move(folder / "run", folder / "elsewhere"))
 
 
 class Saved:

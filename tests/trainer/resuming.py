@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from tests.trainer.small import ema_of
+from tests.trainer.small import ema_of, state_of, update_state
 from trainer import Brain, Stage, distributed, signals
 from trainer.checkpoint import Checkpointer
 from trainer.schedules import EarlyStopping, NewBob, WarmupDecay
@@ -369,20 +369,11 @@ def brain_state(brain: Brain) -> dict[str, Any]:
         "gradients": {name: p.grad for name, p in brain.modules.named_parameters()},
         "trainable": {name: p.requires_grad for name, p in brain.modules.named_parameters()},
         "updates": {name: update_state(update) for name, update in brain.updates.items()},
-        "weight_average": None if average is None else average.state_dict(),
+        "weight_average": None if average is None else state_of(average),
         "counters": (brain.epoch, brain.step, brain.optimizer_step),
         "generators": (torch.get_rng_state(), random.getstate(), (name, keys.tolist(), rest)),
     }
     return copy.deepcopy(state)
-
-
-def update_state(update: Any) -> dict[str, Any]:
-    """Return the states of an optimizer, its schedule, scaler and clipper, and its last norm."""
-    parts = {name: getattr(update, name) for name in ("optimizer", "schedule", "scaler", "clip")}
-    states = {
-        name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")
-    }
-    return {**states, "last_norm": update.last_norm}
 
 
 def log(brain: Learner) -> list[dict[str, Any]]:
@@ -415,15 +406,35 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: {a!r} and {b!r}"
 
 
-def assert_exact(straight: Learner, resumed: Learner, stop: int) -> None:
-    """Check that a run resumed after ``stop`` batches saw and ended the same, to the bit."""
-    found = list(differences(straight.test.trace[stop:], resumed.test.trace, "trace"))
+def differing(straight: Learner, resumed: Learner, stop: int) -> list[str]:
+    """Return where a run resumed after ``stop`` batches saw or ended otherwise, to the bit."""
     ends = [final_state(straight), final_state(resumed)]
     if not resumed.test.trace:  # No stage began that would have made it.
         for end in ends:
             end["user"].pop("stage_total", None)
-    found += differences(*ends)
+    seen = differences(straight.test.trace[stop:], resumed.test.trace, "trace")
+    return [*seen, *differences(*ends)]
+
+
+def assert_exact(straight: Learner, resumed: Learner, stop: int) -> None:
+    """Check that a run resumed after ``stop`` batches saw and ended the same, to the bit."""
+    found = differing(straight, resumed, stop)
     assert not found, f"stopped after batch {stop}: " + "\n".join(found[:20])
+
+
+def on_all_ranks(
+    setting: Setting, folder: Path, stops: Iterable[int]
+) -> tuple[Learner, dict[int, list[str]]]:
+    """Run on all ranks; return the run, and for each stop where a resumed run differs."""
+    straight, found = run(setting, folder, stops, Setting.fit), {}
+    for stop in stops:
+        into = folder / f"after-{stop}"
+        if distributed.is_main():
+            stopped(folder, f"stop-{stop}", into)
+        distributed.barrier()
+        resumed = setting.fit(setting.make(into, seed=50 + distributed.rank()))
+        found[stop] = differing(straight, resumed, stop)
+    return straight, found
 
 
 def main(folder: str) -> None:

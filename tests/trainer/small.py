@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import deque
 from functools import partial
 from typing import Any
 
@@ -157,5 +158,27 @@ def training_average(brain: Brain) -> Any:
 
 def everything(brain: Brain) -> list[Any]:
     """All that training moves: weights, statistics, optimizers, schedules, scalers, averages."""
-    average = [entry.part for name, entry in brain.stateful().items() if name == "ema"]
-    return snapshot(brain.modules, *brain.updates.values(), *average)
+    averages = [] if (average := ema_of(brain)) is None else [state_of(average)]
+    return [*snapshot(brain.modules), *map(update_state, brain.updates.values()), *averages]
+
+
+def update_state(update: Update) -> dict[str, Any]:
+    """Copy the states of an optimizer, its schedule, scaler and clipper, and its last norm."""
+    parts = ("optimizer", "schedule", "scaler", "clip")
+    return {**{name: state_of(getattr(update, name)) for name in parts}, "norm": update.last_norm}
+
+
+def state_of(part: Any) -> dict[str, Any]:
+    """Copy what a part holds, as an oracle: its own `state_dict` might leave something out."""
+    of_torch = type(part).__module__.startswith("torch.")
+    found = part.state_dict() if of_torch else getattr(part, "__dict__", {})
+    return copy.deepcopy({name: each for name, each in found.items() if of_torch or plain(each)})
+
+
+def plain(value: Any) -> bool:
+    """Return True for tensors, numbers, texts and containers of these."""
+    if isinstance(value, dict):
+        return all(isinstance(key, (int, str)) for key in value) and all(map(plain, value.values()))
+    if isinstance(value, (list, tuple, deque)):
+        return all(map(plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, Tensor))

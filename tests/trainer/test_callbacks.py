@@ -304,6 +304,27 @@ def test_a_callback_with_state_is_saved_and_restored(tmp_path: Path) -> None:
     assert two.batches == 4  # The second of its class is new.
 
 
+@pytest.mark.parametrize("method", ["state_dict", "load_state_dict"])
+def test_an_error_in_the_state_of_a_callback_names_it(method: str, tmp_path: Path) -> None:
+    class Kept(Callback):
+        def state_dict(self) -> dict[str, int]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            pass
+
+    def fail(*_: Any) -> None:
+        raise KeyError("best")
+
+    with_callbacks(Regressor, Kept(), checkpointer=Checkpointer(tmp_path)).fit([1], batches(1))
+    failing = type("Failing", (Kept,), {method: fail})
+    failing.__name__ = "Kept"
+    brain = with_callbacks(Regressor, failing(), checkpointer=Checkpointer(tmp_path))
+    with pytest.raises(KeyError) as caught:
+        brain.fit([1, 2], batches(1))
+    assert "raised by the state 'callbacks.Kept'" in caught.value.__notes__
+
+
 def test_a_callback_that_can_only_save_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     class Half(Callback):
         def state_dict(self) -> dict[str, int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainer.checkpoint import BrokenCheckpoint, Checkpoint, Checkpointer, storage
-from trainer.checkpoint.migrate import migrate
+from trainer.checkpoint.migrate import complete, migrate
 
 WINDOW = Path(__file__).parent / "data" / "checkpoint-v1" / "window"
 PLAYERS = ("discriminator", "generator")
@@ -60,7 +60,7 @@ def test_the_local_state_has_flat_keys(old: Checkpoint) -> None:
         "counts": {"skipped": 0, "overflowed": 0},
         "tallies": saved["journal"]["tallies"],
         "examples": 0.0,
-        "logged": {},
+        "logged": {"train": {}},
     }
     assert state["attributes"] == saved["attributes"]
     assert state["callbacks.LoggerCallback"] == {"jsonl_lines": 6}
@@ -94,6 +94,17 @@ def test_what_only_some_runs_have_is_moved_as_well() -> None:
     assert own["objects.wer"] == {"total": 3}
     assert own["buffers"] is local["buffers"]
     assert migrate(2, state, own) == (state, own)
+
+
+def test_what_the_first_saves_of_format_2_lacked_is_as_at_the_start() -> None:
+    old = {"windows.main": {"count": 1}, "guard": {"spoilt": True}, "metrics": {}, "mine": [3]}
+    assert complete(old) == {
+        "windows.main": {"count": 1, "lead": ""}, "guard": {"spoilt": True, "counted": False},
+        "metrics": {"waiting": []}, "mine": [3],
+    }  # fmt: skip
+    assert old["metrics"] == {}
+    new = complete(old)
+    assert complete(new) == new
 
 
 def test_a_state_of_another_object_named_brain_stays_as_it_is() -> None:

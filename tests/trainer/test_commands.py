@@ -327,9 +327,31 @@ def test_the_last_lines_name_the_best_checkpoint_and_infer(
 # ------------------------------------------------------------------------------------- the state
 
 
+def test_a_run_that_looks_at_its_own_folder_keeps_its_lock(tmp_path: Path) -> None:
+    folder, link = tmp_path / "run", tmp_path / "link"
+    link.symlink_to(folder)
+
+    def locked() -> bool:
+        code = "import sys; from trainer.cli.runs import *; print(is_locked(Path(sys.argv[1])))"
+        told = subprocess.check_output([sys.executable, "-c", code, str(folder)], text=True)
+        return told == "True\n"
+
+    def train(run: Any) -> None:
+        for place in (folder, link):
+            assert read_run(place).state == "running"
+            with pytest.raises(ValueError, match="is in use by this process"):
+                launch(lambda run: None, {}, place)
+        main(["clean", "-y", str(folder)])
+        assert locked()
+
+    launch(train, {}, folder)
+    assert not locked()
+    launch(lambda run: None, {}, folder)
+
+
 def ends(how: str) -> Callable[[Any], None]:
     def train(run: Any) -> None:
-        assert read_run(run.folder).state == "crashed"  # Running, for all but this process.
+        assert read_run(run.folder).state == "running"
         if how == "crashed":
             raise RuntimeError("out\nof luck \x1b[2J")
         if how == "stopped":
@@ -768,3 +790,31 @@ def test_the_commands_that_a_run_ends_with_work_when_pasted(program: Path) -> No
         assert "other hyperparameters" not in again.stderr
     longer = run(f"{command.removesuffix(' --test_only')} --epochs 3")
     assert "epoch 3 train" in longer.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("import not_installed.part", "No module named 'not_installed' (packages that a recipe"),
+        ("raise ImportError('sounds need x: pip install x')", "sounds need x: pip install x"),
+    ],
+)
+def test_a_recipe_whose_packages_are_missing_is_a_sentence(
+    program: Path, capsys: pytest.CaptureFixture[str], line: str, said: str
+) -> None:
+    (program / "train.py").write_text(f"{line}\n{PROGRAM}")
+    assert main(["run", "mine.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: mine.yaml cannot be run: {said}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["ls", "--help"], ["run"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", *words], cwd=ROOT, stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
 
-from trainer import Brain, Stage, cli, distributed, schedules
+from trainer import Brain, Stage, cli, schedules
 from trainer.checkpoint import Checkpointer
 from trainer.config.hyperparameters import load_hparams
 from trainer.diagnostics.replay import Replayed
@@ -684,20 +684,8 @@ def straight_and_resumed(folder: str) -> dict[str, Any]:
         window=2, optimizer=AdamW, groups=GROUPS, data=lambda: resuming.Sentences(44),
         epochs=lambda: range(1, 3), dropout=0.5,
     )  # fmt: skip
-    stops = (6, 7)  # Before the window that follows step 3, and in it.
-    straight = resuming.run(setting, Path(folder), stops, resuming.Setting.fit)
-    found = {}
-    for stop in stops:
-        into = Path(folder, f"after-{stop}")
-        if distributed.is_main():
-            resuming.stopped(Path(folder), f"stop-{stop}", into)
-        distributed.barrier()
-        resumed = setting.fit(setting.make(into, seed=50 + distributed.rank()))
-        ends = resuming.final_state(straight), resuming.final_state(resumed)
-        found[stop] = [
-            *resuming.differences(straight.test.trace[stop:], resumed.test.trace),
-            *resuming.differences(*ends),
-        ]
+    # Before the window that follows step 3, and in it.
+    straight, found = resuming.on_all_ranks(setting, Path(folder), (6, 7))
     state = {n: p.detach().clone() for n, p in straight.modules.named_parameters()}
     moments = [int(straight.optimizer.state[p]["step"]) for p in straight.modules.parameters()]
     return {"found": found, "state": state, "moments": moments}

@@ -381,15 +381,17 @@ def process(
     return start, saved
 
 
+class Killed(BaseException):
+    """Raised in place of an end of the process."""
+
+
+def kill(*_: Any) -> None:
+    raise Killed
+
+
 def test_a_brain_that_resumes_gives_its_loggers_each_step_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
-        pass
-
-    def kill(*_: Any) -> None:
-        raise Killed
-
     disk: list[Any] = []
     monkeypatch.setattr("os.kill", kill)
     for place in ("step:14", "valid:20", "test:30"):
@@ -417,12 +419,6 @@ def test_a_brain_that_resumes_gives_its_loggers_each_step_once(
 def test_a_start_killed_before_its_first_checkpoint_is_recorded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
-        pass
-
-    def kill(*_: Any) -> None:
-        raise Killed
-
     disks: list[list[Any]] = [[], []]
     chosen = ["csv", Kept(disks[0]), Cut(disks[1])]
     monkeypatch.setattr("os.kill", kill)

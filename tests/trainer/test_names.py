@@ -136,6 +136,11 @@ def test_a_subclass_may_be_called_brain_but_for_private_names() -> None:
                 self.__stage = 3
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_subclass_may_take_back_a_method_of_brain(name: str) -> None:
+    assert getattr(type("Again", (Players,), {name: vars(Brain)[name]}), name)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_what_may_be_meant_as_a_run_option_is_refused_and_the_rest_is_the_users(name: str) -> None:
     brain = make()

@@ -6,7 +6,7 @@ import logging
 import resource
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
@@ -194,15 +194,21 @@ class Silent(two_processes.Line):
         return super().fit_batch(batch) if self.step != 3 or distributed.rank() != 1 else None
 
 
-def disorder(kind: str, window: int) -> str:
+def error_of(training: Callable[[], object]) -> str:
+    """Return the error that ends a training, and leave the other rank."""
     try:
-        brain = make(globals()[kind], grad_accumulation_factor=window)
-        brain.fit([1], batches())
+        training()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
         distributed.stop()
     return "none"
+
+
+def disorder(kind: str, window: int) -> str:
+    return error_of(
+        lambda: make(globals()[kind], grad_accumulation_factor=window).fit([1], batches())
+    )
 
 
 @pytest.mark.parametrize(
@@ -388,14 +394,7 @@ def test_the_next_batch_keeps_its_buffers_after_a_step_that_was_skipped() -> Non
 
 
 def caught(kind: str, failures: Failures) -> str:
-    """Return the error that ends a training, and leave the other rank."""
-    try:
-        train(kind, 1, failures, range(1, LAST + 1))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        distributed.stop()
-    return "none"
+    return error_of(lambda: train(kind, 1, failures, range(1, LAST + 1)))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.processes import alive
 from tests.trainer.faulty import YAML, main
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +94,7 @@ class Run:
         found = [int(f.read_text() or 0) for f in self.folder.glob("pid-*")]
         found += [int(f.read_text() or 0) for f in self.folder.glob("met-*")]
         for number in filter(None, found):
-            if lives(number):
+            if alive(number):
                 os.kill(number, signal.SIGKILL)
         if self.process is not None:
             self.process.kill()
@@ -105,13 +106,6 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
-
-
-def lives(number: int) -> bool:
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def same(some: dict[str, Any], others: dict[str, Any]) -> bool:
@@ -194,7 +188,7 @@ def test_a_signal_in_a_wait_for_data_that_hang(
     time.sleep(0.5)
     run.signal(signal.SIGTERM)
     assert run.wait(10) == 143
-    assert not lives(loading)
+    assert not alive(loading)
     assert "saved and stopping (SIGTERM)" in run.log()
     by = "worker 0 loaded" if workers else "this process loaded"
     assert f"of epoch 1 while {by} item take13.wav" in run.log()
@@ -207,7 +201,7 @@ def test_two_ranks_that_both_wait_save(run: Run) -> None:
     ranks = [run.has_met_its_moment(rank) for rank in (0, 1)]
     time.sleep(0.5)
     run.signal(signal.SIGTERM)  # The launcher hands it on.
-    wait_for(lambda: not any(map(lives, ranks)), 10)
+    wait_for(lambda: not any(map(alive, ranks)), 10)
     assert "saved and stopping (SIGTERM)" in run.log()
     assert "waiting for batch 4 of epoch 1 while this process loaded item take" in run.log()
     assert run.wait() == 1
@@ -219,7 +213,7 @@ def test_two_ranks_of_which_one_waits_end_without_a_save(run: Run, fault: str) -
     ranks = [run.rank(0), run.has_met_its_moment(1)]
     wait_for(lambda: run.checkpoints() > 0, 10)
     os.kill(ranks[1], signal.SIGTERM)
-    wait_for(lambda: not any(map(lives, ranks)), 10)
+    wait_for(lambda: not any(map(alive, ranks)), 10)
     assert run.wait() == 1
     assert "saved and stopping" not in run.said()
     assert "while waiting for batch 4 of epoch 1 while this process loaded item take" in run.said()
@@ -263,7 +257,7 @@ def test_ranks_end_with_their_launcher(run: Run, fault: str) -> None:
     if fault != "none":
         run.has_met_its_moment(1)
     run.signal(signal.SIGKILL)
-    wait_for(lambda: not any(map(lives, ranks)), 10)
+    wait_for(lambda: not any(map(alive, ranks)), 10)
     assert ("saved and stopping (SIGTERM)" in run.log()) == (fault == "none")
 
 
@@ -272,7 +266,7 @@ def test_a_run_outlives_its_shell(tmp_path: Path, whole: Run) -> None:
     command = f"{sys.executable} {PROGRAM} toy.yaml --output_folder run --slow 0.2 & sleep 0.1"
     subprocess.run(["sh", "-c", command], cwd=tmp_path, env=ENV, check=True)
     wait_for((tmp_path / "final-0.pt").exists, 30)
-    wait_for(lambda: not lives(run.rank(0)), 10)
+    wait_for(lambda: not alive(run.rank(0)), 10)
     assert same(run.final(), whole.final())
 
 
@@ -281,7 +275,7 @@ def test_a_worker_ends_with_its_main_process(run: Run, fault: str) -> None:
     run.start("--moment", "item 13", "--fault", fault, "--workers", "1")
     worker = run.has_met_its_moment()
     run.signal(signal.SIGKILL)
-    wait_for(lambda: not lives(worker), 10)
+    wait_for(lambda: not alive(worker), 10)
 
 
 # ---------------------------------------------------------------------------------------- restarts

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import alive
+
 SCRIPT = """
     import os, sys, time
     from functools import partial
@@ -48,13 +50,6 @@ SCRIPT = """
     options = {"progressbar": False, "device": "cpu", "checkpoint_every_steps": 2}
     trainer.launch(train, options, FOLDER / "run")
 """
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def wait_for(what: Callable[[], bool], seconds: float) -> None:

@@ -231,8 +231,6 @@ def test_signals_for_others_are_no_request(monkeypatch: pytest.MonkeyPatch, act:
     assert signals.requested() is None
 
 
-# torch's handler of SIGCHLD raises wherever Python is, which may be in the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("_handled")
 def test_a_worker_that_dies_of_the_request_ends_the_run_as_the_request() -> None:
     def die() -> None:

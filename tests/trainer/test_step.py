@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.trainer.small import optimize, poison, same, snapshot
+from trainer.checkpoint.migrate import complete
 from trainer.clipping import Clipper, Gradients, NormClip
 from trainer.metrics import StepReport
 from trainer.optim import step
@@ -446,7 +447,7 @@ def test_a_joint_window_goes_on_under_another_scale(factor: float, named: bool) 
         each.drop_window()
     both[0].scaler.update(both[0].scaler.get_scale() * factor)
     for each, state in zip(states, saved, strict=True):
-        each.load_state_dict(state)
+        each.load_state_dict(complete({"windows.a": state})["windows.a"])
     step.accumulate(both, sum(two.losses(batches[1], two.nets).values()), 5)
     assert [report.outcome for report in step.finish(both, 5)] == ["stepped"] * 2
     joint = sum(sum(two.losses(x, two.truth).values()) for x in batches) / 2

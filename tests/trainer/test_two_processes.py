@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from trainer.schedules import EarlyStopping
 from ..processes import TwoRanks
 from . import resuming
 from .clipping_kinds import KINDS
-from .small import ema_of, poison, same
+from .small import ema_of, poison, same, state_of, update_state
 from .two_processes import (
     ROUNDS,
     ByHand,
@@ -96,28 +96,7 @@ def call_every_collective() -> Found:
         "rows": distributed.all_gather_rows(torch.full((3 * rank, 2), float(rank))),
         "no_rows": distributed.all_gather_rows(torch.zeros(0, 2)),
         "on_main": distributed.run_on_main(lambda: {"from": distributed.rank()}),
-        "failures": {
-            "one": failure({1: OSError("disk")}),
-            "shared": failure({1: ValueError("lost")}, ValueError),
-            "both": failure({0: ValueError("a"), 1: ValueError("b")}, ValueError),
-            "worse": failure({0: ValueError("a"), 1: OSError("disk")}, ValueError),
-            "none": failure({}, ValueError),
-        },
     }
-
-
-def failure(errors: Mapping[int, Exception], shared: type[Exception] | None = None) -> str:
-    """Fail with some error on each of these ranks; return what `run_on_all` raises here."""
-
-    def work() -> str:
-        if (error := errors.get(distributed.rank())) is not None:
-            raise error
-        return "none"
-
-    try:
-        return distributed.run_on_all(work, shared=shared)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
 
 
 def test_collective_functions_give_every_rank_the_same(two_ranks: TwoRanks) -> None:
@@ -134,13 +113,40 @@ def test_collective_functions_give_every_rank_the_same(two_ranks: TwoRanks) -> N
         assert found["rows"].tolist() == [[1.0, 1.0]] * 3
         assert found["no_rows"].shape == (0, 2)
         assert found["on_main"] == {"from": 0}
-        assert found["failures"] == {
-            "one": ("RuntimeError: rank 1 failed (OSError: disk)", "OSError: disk")[rank],
-            "shared": ("ValueError: on rank 1: ValueError: lost", "ValueError: lost")[rank],
-            "both": ("ValueError: a", "ValueError: b")[rank],
-            "worse": ("RuntimeError: rank 1 failed (OSError: disk)", "OSError: disk")[rank],
-            "none": "none",
-        }
+
+
+DISK = ["RuntimeError: rank 1 failed (OSError: disk)", "OSError: disk"]
+# Errors of rank 0 and of rank 1, the kind that may be shared, and what is raised on each.
+FAILURES: dict[str, tuple[tuple[Exception | None, ...], list[type[Exception]], list[str]]] = {
+    "one": ((None, OSError("disk")), [], DISK),
+    "shared": (
+        (None, ValueError("lost")), [ValueError],
+        ["ValueError: on rank 1: ValueError: lost", "ValueError: lost"],
+    ),
+    "both": ((ValueError("a"), ValueError("b")), [ValueError], ["ValueError: a", "ValueError: b"]),
+    "worse": ((ValueError("a"), OSError("disk")), [ValueError], DISK),
+    "none": ((None, None), [ValueError], ["none", "none"]),
+}  # fmt: skip
+
+
+def failure(name: str) -> str:
+    """Return what `run_on_all` raises on this rank."""
+    errors, shared, _ = FAILURES[name]
+
+    def work() -> str:
+        if (error := errors[distributed.rank()]) is not None:
+            raise error
+        return "none"
+
+    try:
+        return distributed.run_on_all(work, shared=next(iter(shared), None))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_an_error_of_one_rank_is_one_of_all(two_ranks: TwoRanks, name: str) -> None:
+    assert two_ranks(failure, name) == FAILURES[name][2]
 
 
 # --- the same as one process ---------------------------------------------------------------------
@@ -329,8 +335,8 @@ def picture(brain: Any) -> Found:
         {
             "modules": dict(brain.modules.state_dict()),
             "trainable": {name: p.requires_grad for name, p in brain.modules.named_parameters()},
-            "updates": {name: resuming.update_state(u) for name, u in brain.updates.items()},
-            "average": ema_of(brain).state_dict(),
+            "updates": {name: update_state(u) for name, u in brain.updates.items()},
+            "average": state_of(ema_of(brain)),
             "step": brain.optimizer_step,
         }
     )
@@ -810,24 +816,8 @@ RESUMED = {
 }  # fmt: skip
 
 
-def differences(straight: resuming.Learner, resumed: resuming.Learner, stop: int) -> list[str]:
-    """Return where a run resumed after ``stop`` batches differs, on this rank."""
-    found = resuming.differences(straight.test.trace[stop:], resumed.test.trace)
-    ends = resuming.final_state(straight), resuming.final_state(resumed)
-    return [*found, *resuming.differences(*ends)]
-
-
 def straight_and_resumed(folder: str, name: str) -> Found:
-    setting, stops = RESUMED[name]
-    straight = resuming.run(setting, Path(folder), stops, resuming.Setting.fit)
-    found = {}
-    for stop in stops:
-        into = Path(folder, f"after-{stop}")
-        if distributed.is_main():
-            resuming.stopped(Path(folder), f"stop-{stop}", into)
-        distributed.barrier()
-        resumed = setting.fit(setting.make(into, seed=50 + distributed.rank()))
-        found[stop] = differences(straight, resumed, stop)
+    straight, found = resuming.on_all_ranks(RESUMED[name][0], Path(folder), RESUMED[name][1])
     return {"found": found, "weights": weights(straight), "trace": straight.test.trace}
 
 
@@ -865,7 +855,7 @@ def interrupt(folder: str, moment: str) -> Found:
     signals.reset()
     saved = brain.checkpointer.list_checkpoints()
     resumed = setting.fit(setting.make(Path(folder, "stopped"), seed=50 + distributed.rank()))
-    found = differences(straight, resumed, seen)
+    found = resuming.differing(straight, resumed, seen)
     return {"code": code, "found": found, "saved": len(saved), "seen": seen}
 
 

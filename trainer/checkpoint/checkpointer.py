@@ -750,10 +750,11 @@ class Checkpointer:
         if self.recoverables:
             run_on_main(self._clean)
         wanted = (max_key, min_key, None, importance_key, ckpt_predicate)
-        return retry_missing(lambda: self._recover(wanted))
+        find = partial(self.find_checkpoints, *wanted)
+        return retry_missing(partial(self._recover, find))
 
-    def _recover(self, wanted: tuple[Any, ...]) -> Checkpoint | None:
-        names = run_on_main(self._candidates, wanted, shared=BrokenCheckpoint)
+    def _recover(self, find: Callable[[], list[Checkpoint]]) -> Checkpoint | None:
+        names = run_on_main(self._candidates, find, shared=BrokenCheckpoint)
         for name in names:
             try:
                 return self._restore(self.folder / name)
@@ -855,8 +856,8 @@ class Checkpointer:
                     if not each.complete:
                         storage.remove_unlisted(each)
 
-    def _candidates(self, wanted: tuple[Any, ...]) -> list[str]:
-        found = self.find_checkpoints(*wanted)
+    def _candidates(self, find: Callable[[], list[Checkpoint]]) -> list[str]:
+        found = find()
         if self._broken and not found and not self.list_checkpoints():
             raise self._all_broken()
         complete = [each.name for each in found if each.complete]

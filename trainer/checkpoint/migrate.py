@@ -23,6 +23,21 @@ def migrate(
     return _shared_of_1(shared, local), _local_of_1(shared, local)
 
 
+def complete(local: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the local state of a Brain with what format 1 and the first saves of format 2 lack."""
+    lacking: dict[str, dict[str, Any]] = {
+        "guard": {"spoilt": False, "counted": False},
+        "metrics": {"waiting": []},
+        "windows": {"lead": ""},
+    }
+    return {
+        name: {**lacking.get(name.partition(".")[0], {}), **state}
+        if isinstance(state, dict)
+        else state
+        for name, state in local.items()
+    }
+
+
 def _shared_of_1(shared: Mapping[str, Any], local: Mapping[str, Any]) -> dict[str, Any]:
     position = shared["position"]
     as_saved = ("epoch", "step", "optimizer_step", "phase", "stopped", "fits", "processes")
@@ -56,7 +71,7 @@ def _local_of_1(shared: Mapping[str, Any], local: Mapping[str, Any]) -> dict[str
             "counts": journal["counts"],
             "tallies": journal["tallies"],
             "examples": 0.0,
-            "logged": {},
+            "logged": {"train": {}},
         },
         "attributes": local["attributes"],
         "callbacks.LoggerCallback": {"jsonl_lines": shared["position"]["log_lines"]},

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trainer import checks, distributed, signals
 from trainer.checkpoint.checkpointer import Checkpointer, SaveRequest
 from trainer.checkpoint.frozen import FrozenBase, completed
+from trainer.checkpoint.migrate import complete
 from trainer.checkpoint.storage import Checkpoint
 from trainer.checkpoint.user_state import KEY
 from trainer.distributed import run_on_main
@@ -88,7 +89,7 @@ class Snapshot:
         self._progress, self._stateful, self._of_fit = progress, stateful, of_fit
         self._values = copied(vars(progress))
         self._states = {
-            name: copied((entry.snapshot or entry.part.state_dict)())
+            name: copied(_state(name, entry) if entry.snapshot is None else entry.snapshot())
             for name, entry in stateful().items()
             if entry.of_fit or not of_fit
         }
@@ -98,7 +99,7 @@ class Snapshot:
         for name, entry in self._stateful().items():
             if name in self._states:
                 # A copy, since optimizers take over the tensors that they are given.
-                entry.part.load_state_dict(copied(self._states[name]))
+                _load(name, entry, copied(self._states[name]))
         self._progress.load_state_dict(copied(self._values), of_run=not self._of_fit)
 
     @contextmanager
@@ -143,7 +144,7 @@ class RunState:
     def state_dict(self) -> dict[str, Any]:
         """Return the state that all ranks share."""
         entries = self._stateful()
-        shared = {n: e.part.state_dict() for n, e in entries.items() if e.scope in SHARED}
+        shared = {n: _state(n, e) for n, e in entries.items() if e.scope in SHARED}
         if self.weights_of_run is not None:
             shared["weights_of_run"] = self.weights_of_run
         state = {"progress": dict(vars(self.progress)), **shared}
@@ -162,7 +163,7 @@ class RunState:
         """Return this rank's own state."""
         scopes = ("rank",) if distributed.is_main() else ("rank", "both")
         entries = self._stateful()
-        return {n: e.part.state_dict() for n, e in entries.items() if e.scope in scopes}
+        return {n: _state(n, e) for n, e in entries.items() if e.scope in scopes}
 
     def load_state_dict(self, shared: Mapping[str, Any]) -> None:
         """Restore weights, optimizers, progress and the objects that exist by now.
@@ -195,13 +196,13 @@ class RunState:
             elif name in shared and entry.scope in SHARED and (fitting or not _optimizes(name)):
                 # An object may keep the tensors it loads, and loads them again after the hooks.
                 state = shared[name] if entry.trained else copied(shared[name])
-                entry.part.load_state_dict(state)
+                _load(name, entry, state)
         self._load_progress(shared)
         self._shared, self._local, self._trained = shared, {}, {}
 
     def load_local_state_dict(self, local: Mapping[str, Any]) -> None:
         """Keep this rank's own state until the hooks have run."""
-        self._local = local
+        self._local = complete(local)
 
     # Resuming
 
@@ -216,7 +217,7 @@ class RunState:
             entries = self._stateful()
             _check_optimizers(self._shared, entries)
             for name in filter(_optimizes, entries):
-                entries[name].part.load_state_dict(self._shared[name])
+                _load(name, entries[name], self._shared[name])
 
     def fit_started(self) -> bool:
         """Restore more after `on_fit_start` has run; return True if everything is restored now."""
@@ -226,7 +227,7 @@ class RunState:
             self._restore(self._shared)
             return True
         # The hook of the stage runs first.
-        trained = {n: e.part.state_dict() for n, e in self._stateful().items() if e.trained}
+        trained = {n: _state(n, e) for n, e in self._stateful().items() if e.trained}
         self._trained = copied(trained)
         return False
 
@@ -240,7 +241,7 @@ class RunState:
         entries, saved = self._stateful(), self._shared
         _check_names("stateful objects", "objects.", saved, [n for n in entries if n in saved])
         for name, state in self._trained.items():
-            entries[name].part.load_state_dict(state)
+            _load(name, entries[name], state)
         self._load_progress(saved)
         self._restore(saved)
         return True
@@ -274,8 +275,28 @@ class RunState:
         saved = {**shared, **self._local}
         for name, entry in self._stateful().items():
             if not entry.trained and name in saved:
-                entry.part.load_state_dict(saved[name])
+                _load(name, entry, saved[name])
         self._shared, self._local, self._trained = None, {}, {}
+
+
+def _state(name: str, entry: StateEntry) -> Any:
+    with _named(name):
+        return entry.part.state_dict()
+
+
+def _load(name: str, entry: StateEntry, state: Any) -> None:
+    with _named(name):
+        entry.part.load_state_dict(state)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Context manager that names the entry of a user's object that raises."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"raised by the state {name!r}")
+        raise
 
 
 def _optimizes(name: str) -> bool:
@@ -547,7 +568,7 @@ class TrainableState:
 
 def check_weights(modules: nn.Module, state: Mapping[str, Any]) -> None:
     """Raise ValueError if saved weights have other names, shapes or kinds of numbers."""
-    # Earlier checkpoints, and averages, lack the states that modules save by marked methods.
+    # Averages lack the states that modules save by marked methods.
     given = modules.state_dict().items()
     own = {name: each for name, each in given if name in state or not name.endswith(KEY)}
     checks.same_keys("the modules of this Brain", state, own)

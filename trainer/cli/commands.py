@@ -46,7 +46,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 on success; 2 for an error that the user can correct, with one sentence on
         stderr; 130 after Ctrl-C; otherwise the code of the command itself.
     """
-    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # The reader, such as head, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {session.message(error)}", file=sys.stderr)
+        return NO_RUN
+    except KeyboardInterrupt:
+        return 130
+
+
+def _dispatch(given: list[str]) -> int:
+    """Print help, or do the work of a command."""
     if not given or given[0] in (*HELP, "help"):
         width = max(map(len, COMMANDS))
         print("usage: cortex COMMAND …   (also python -m trainer COMMAND …)\n")
@@ -67,16 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for example in command.examples:
             print(f"  cortex {name} {example}".rstrip())
         return 0
-    try:
-        return command.work(rest)
-    except BrokenPipeError:  # The reader, such as head, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {session.message(error)}", file=sys.stderr)
-        return NO_RUN
-    except KeyboardInterrupt:
-        return 130
+    return command.work(rest)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -47,33 +47,31 @@ RECORDS = (AS_STARTED, HYPERPARAMS)
 LOCK = ".lock"
 STATE = "state.json"
 RUN_FILES = (
-    HYPERPARAMS,
-    AS_STARTED,
-    "command.txt",
-    "environment.json",
-    STATE,
-    "train.log",
-    "metrics.jsonl",
-    "report.html",
-    "find_clip.html",
-    "find_clip.json",
-    "find_lr.html",
-    "find_lr.json",
-    "nonfinite",
-    "checkpoints",
-    "prepared",
-    "tensorboard",
-    "csv",
-    "wandb",
-    "mlflow.db",
-    "mlartifacts",
-    "loggers",
-    "profile",
-    "samples",
-)
+    HYPERPARAMS, AS_STARTED, "command.txt", "environment.json", STATE, "train.log", "metrics.jsonl",
+    "report.html", "find_clip.html", "find_clip.json", "find_lr.html", "find_lr.json", "nonfinite",
+    "checkpoints", "prepared", "tensorboard", "csv", "wandb", "mlflow.db", "mlartifacts", "loggers",
+    "profile", "samples",
+)  # fmt: skip
 MARK = "a run folder"  # Last line of the lock file of an accepted folder.
 NOTHING: tuple[int, list[tuple[str, int]]] = (0, [])  # `trained` before a training
 MAX_LOCK = 1000  # bytes of the lock file
+
+
+# Process, device and inode of the locks that this process holds. Such a lock ends as soon as the
+# process closes any handle of its file: a file that is locked here must not be opened again.
+_held: set[tuple[int, int, int]] = set()
+
+
+def _identity(info: os.stat_result) -> tuple[int, int, int]:
+    return os.getpid(), info.st_dev, info.st_ino
+
+
+def holds_lock(folder: Path) -> bool:
+    """Return True if this process holds the lock of a run folder."""
+    try:
+        return _identity(os.stat(folder / LOCK)) in _held
+    except OSError:
+        return False
 
 
 class RunFolder:
@@ -95,6 +93,8 @@ class RunFolder:
             ValueError: another command is using the folder, or it is not a run folder.
             OSError: the folder cannot be written.
         """
+        if holds_lock(self.path):
+            raise self._in_use("this process")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -136,6 +136,7 @@ class RunFolder:
             try:
                 # Not flock, which forked workers would hold after this process is killed.
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _held.add(_identity(os.fstat(lock)))
                 return
             except (BlockingIOError, PermissionError):  # Depends on the system.
                 if time.monotonic() >= end:
@@ -143,9 +144,12 @@ class RunFolder:
             time.sleep(0.1)
         said = os.pread(lock, MAX_LOCK, 0).decode(errors="replace").splitlines()
         self.close()
-        raise ValueError(
-            f"the run folder {self.path} is in use by {said[0] if said else 'another run'}; wait "
-            "until it is over, or choose another output_folder"
+        raise self._in_use(said[0] if said else "another run")
+
+    def _in_use(self, user: str) -> ValueError:
+        return ValueError(
+            f"the run folder {self.path} is in use by {user}; wait until it is over, or choose "
+            "another output_folder"
         )
 
     def _was_run(self, lock: int) -> bool:
@@ -174,6 +178,7 @@ class RunFolder:
     def close(self) -> None:
         """Release the lock; closing twice is harmless."""
         if self._lock is not None:
+            _held.discard(_identity(os.fstat(self._lock)))
             os.close(self._lock)
             self._lock = None
 

@@ -22,7 +22,7 @@ from trainer.cli import session
 from trainer.cli.arguments import HELP, help_text
 from trainer.cli.ending import from_here
 from trainer.config.hyperparameters import describe
-from trainer.config.registry import recipe_packages
+from trainer.config.registry import EXTRAS, recipe_packages
 
 TRAIN = "train.py"
 MAX_HEAD = 12  # lines of a YAML
@@ -120,7 +120,11 @@ def run_recipe(name: str, argv: Sequence[str]) -> int:
     sys.path.insert(0, str(recipe.program.parent.resolve()))
     try:
         runpy.run_path(str(recipe.program), run_name="__main__")
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{name} cannot be run: {error} ({EXTRAS})") from error
     except Exception as error:  # Without the frames of this command.
+        if isinstance(error, ImportError) and not error.name:  # It says what to install.
+            raise ImportError(f"{name} cannot be run: {error}") from error
         session.trim(error)
         traceback.print_exception(error)
         return 1

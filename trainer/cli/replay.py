@@ -25,7 +25,6 @@ from trainer.config.reading import plain
 from trainer.config.registry import recipe_of
 from trainer.diagnostics import replay as replaying
 from trainer.inference.loading import OF_THE_MODEL, OF_THE_TRAINING, open_run, recipe_class
-from trainer.loggers import TextLog
 from trainer.options import RunOptions
 from trainer.report.history import commands_of
 from trainer.run_files import HYPERPARAMS, LAUNCH_HEADER
@@ -85,7 +84,7 @@ def _parse(argv: Sequence[str]) -> tuple[Path, Path, str | None, list[str]]:
 def _replay_recipe(run: Path, case: Path, more: Sequence[str]) -> None:
     """Replay a step of an installed recipe, in this process and without its data."""
     package, kept = _recipe(run), replaying.load(case)
-    with session.messages(TextLog(None), [package]):
+    with session.recorded(None, [package]):
         brain = _build(run, case, more, package)
         try:
             replaying.replay(brain, FitArguments([kept["epoch"]], [None]), case, kept)

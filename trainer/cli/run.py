@@ -43,7 +43,7 @@ from trainer.config.registry import NAME, Registry, recipe_packages
 from trainer.defaults import DriverFinished
 from trainer.devices import pick_device
 from trainer.diagnostics.replica_check import DriftError
-from trainer.loggers import JsonlLogger, TextLog
+from trainer.loggers import JsonlLogger
 from trainer.optim.guard import NonFiniteError
 from trainer.options import TRANSIENT_OPTIONS, RunOptions, current_name
 from trainer.run_files import CHECKPOINTS, HEADER, HYPERPARAMS, LAUNCH_HEADER
@@ -340,11 +340,9 @@ def _run(
         seed_everything(options.seed, distributed.rank())
         source = _source(train)
         folder, notes = stack.enter_context(_run_folder(hyperparameters, options, source, argv))
-        log = TextLog(folder if distributed.is_main() and not options.replay else None)
-        stack.callback(log.close)
+        writes = folder if distributed.is_main() and not options.replay else None
         names = [str(getattr(train, "__module__", "__main__")), *recipe_packages()]
-        stack.enter_context(session.tolerant_output())
-        stack.enter_context(session.messages(log, names))
+        log = stack.enter_context(session.recorded(writes, names))
         kept = not (options.debug or options.replay)
         path = folder / "train.log" if kept else None
         note = f"(its traceback is in {path})" if kept else ""

@@ -17,7 +17,7 @@ from typing import Any
 
 from trainer import json_files
 from trainer.cli import session
-from trainer.cli.folder import LOCK, STATE, RunFolder
+from trainer.cli.folder import LOCK, STATE, RunFolder, holds_lock
 from trainer.config.changes import Settings
 from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import get
@@ -119,7 +119,9 @@ def read_run(folder: Path) -> RunFacts:
 
 
 def is_locked(folder: Path) -> bool:
-    """Return True if another process holds the lock of a run folder; do not take it."""
+    """Return True if any process holds the lock of a run folder; do not take it."""
+    if holds_lock(folder):
+        return True
     try:
         file = os.open(folder / LOCK, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:

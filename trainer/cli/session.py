@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -129,6 +129,16 @@ def tolerant_output() -> Iterator[None]:
         for name, stream in own.items():
             if getattr(sys, name) is stream:  # Not redirected since, as by a notebook.
                 setattr(sys, name, before[name])
+
+
+@contextmanager
+def recorded(folder: Path | None, names: Iterable[str]) -> Iterator[TextLog]:
+    """Context manager that yields train.log, into which `messages` go; output may fail in it.
+
+    Nothing is written without a folder.
+    """
+    with closing(TextLog(folder)) as log, tolerant_output(), messages(log, names):
+        yield log
 
 
 def end_with_launcher() -> None:

@@ -72,7 +72,7 @@ class AutoClip(checks.Stateful, Clip):
 
     @property
     def recent(self) -> dict[str, list[float]]:
-        """The norms, oldest first; of a list longer than ``history`` the last ones count."""
+        """The remembered norms, oldest first; a longer list is cut to its last norms."""
         return {"norms": list(self._norms)}
 
     @recent.setter

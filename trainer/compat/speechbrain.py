@@ -42,7 +42,6 @@ from trainer.config.reading import compose, items, object_name
 from trainer.config.registry import recipe_packages
 from trainer.devices import pick_device
 from trainer.epochs import EpochCounter
-from trainer.loggers import TextLog
 from trainer.progress import Stage
 
 __all__ = [
@@ -233,7 +232,8 @@ def _begin_program(folder: Path) -> None:
     An error is written to train.log and sent to the other ranks.
     """
     session.end_with_launcher()
-    log = TextLog(folder if distributed.is_main() else None)
+    names = ["__main__", PACKAGE, *recipe_packages()]
+    log = _program.enter_context(session.recorded(folder if distributed.is_main() else None, names))
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -244,9 +244,6 @@ def _begin_program(folder: Path) -> None:
             session.tell_launcher(f"{type(final).__name__}: {final}")
             before(type(final), final, final.__traceback__)
 
-    _program.callback(log.close)
-    _program.enter_context(session.tolerant_output())
-    _program.enter_context(session.messages(log, ["__main__", PACKAGE, *recipe_packages()]))
     _program.enter_context(session.signals_at_safe_points())
     _program.callback(setattr, sys, "excepthook", before)
     sys.excepthook = hook

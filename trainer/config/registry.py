@@ -55,6 +55,12 @@ logger = logging.getLogger("trainer")
 
 ENTRY_POINTS = "cortex.recipes"
 
+# Hint for a package that is not installed.
+EXTRAS = (
+    "packages that a recipe needs are extras of its distribution, as in "
+    "pip install 'cortex-speech[recipes]'"
+)
+
 BUILTINS = """
     abs bool dict float frozenset int len list max min range round set slice sorted str sum tuple
 """
@@ -518,8 +524,5 @@ def _import(path: str, name: str) -> Any:
             f"{name} needs the module {path}, whose import failed: {type(error).__name__}: {error}"
         )
         if isinstance(error, ModuleNotFoundError):
-            why += (
-                " (packages that a recipe needs are extras of its distribution, as in "
-                "pip install 'cortex-speech[recipes]')"
-            )
+            why += f" ({EXTRAS})"
         raise ValueError(why) from error

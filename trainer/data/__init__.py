@@ -30,29 +30,11 @@ if TYPE_CHECKING:
     from trainer.data.loader import Loader, Stream, make_loader, resumable
 
 __all__ = [
-    "BadItem",
-    "BadItemPolicy",
-    "Batch",
-    "DataFeed",
-    "BatchIndex",
-    "DistributedBatchSampler",
-    "Loader",
-    "Padded",
-    "Stream",
-    "batch_ids",
-    "batch_sizes",
-    "collate",
-    "count_examples",
-    "in_epoch",
-    "item_generator",
-    "item_seed",
-    "make_feed",
-    "make_loader",
-    "pad",
-    "report_bad",
-    "resumable",
-    "to_device",
-]
+    "BadItem", "BadItemPolicy", "Batch", "DataFeed", "BatchIndex", "DistributedBatchSampler",
+    "Loader", "Padded", "Stream", "batch_ids", "batch_sizes", "collate", "count_examples",
+    "in_epoch", "item_generator", "item_seed", "make_feed", "make_loader", "pad", "report_bad",
+    "resumable", "to_device",
+]  # fmt: skip
 
 # Imported on first use: a trained model needs no loader.
 _MODULES = {

@@ -19,7 +19,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -64,6 +64,8 @@ from trainer.tree import plain_number
 
 logger = logging.getLogger("trainer.data")
 
+HUNG = "the loader's workers gave no batch"
+ADVICE = "fewer num_workers need less memory, and with 0 an error is seen where it happens"
 POLL_SECONDS = 0.5  # Interval at which workers are checked.
 CLOSING_SECONDS = 1.0  # Time for workers to end after SIGTERM, before they are killed.
 TIMEOUT = 300.0  # Seconds after which a wait for a batch is an error.
@@ -630,8 +632,7 @@ def _init_worker(
 class _WatchedIterator:
     """Iterator of batches that detects dead and hanging workers of a DataLoader.
 
-    torch detects a death at once, or after 5 s if the signal comes just before it waits. Without
-    workers, a thread warns once of each batch that takes too long.
+    Without workers, a thread warns once of each batch that takes too long.
     """
 
     iterator: Any  # The workers of a DataLoader's iterator are watched.
@@ -645,6 +646,11 @@ class _WatchedIterator:
         self.workers: list[BaseProcess] = list(getattr(self.iterator, "_workers", []))
         if self.workers:  # DataLoader's own option would limit the start of an epoch, too.
             self.iterator._timeout = POLL_SECONDS
+            # torch's handler of SIGCHLD raises wherever Python is, which may be in a forward pass
+            # or a finalizer. A death is noticed by the next wait for a batch.
+            if getattr(self.iterator, "_worker_pids_set", False):
+                torch._C._remove_worker_pids(id(self.iterator))
+                self.iterator._worker_pids_set = False
         elif self.timeout:
             threading.Thread(target=self._warn, daemon=True, name="loader").start()
 
@@ -696,7 +702,8 @@ class _WatchedIterator:
             raise signals.Interrupted(number)  # The signal may have hit a worker that was starting.
         if cause.endswith(FULL):
             raise OSError(errno.ENOSPC, f"{self.describe_wait()}: {cause}")
-        raise RuntimeError(f"{cause}, {self.describe_wait()}")
+        advice = "" if cause.startswith(HUNG) else f"; {ADVICE}"
+        raise RuntimeError(f"{cause}, {self.describe_wait()}{advice}")
 
     def _explain(self, error: Exception) -> str | None:
         """Return the cause of torch's error; None if not about workers, "" to go on waiting."""
@@ -707,7 +714,7 @@ class _WatchedIterator:
             if not self.timeout or waited < self.timeout:
                 return ""
             return (
-                f"the loader's workers gave no batch within {self.timeout:g} s (one hangs, or the "
+                f"{HUNG} within {self.timeout:g} s (one hangs, or the "
                 "loader option timeout, by default the run option item_timeout, is too small)"
             )
         # torch begins the errors of a dataset in a worker by "Caught".
@@ -716,18 +723,6 @@ class _WatchedIterator:
     def end_workers(self) -> None:
         """End the workers at once; torch would wait for what they are loading."""
         self.closing.fill_(True)
-        try:
-            self._end_workers()
-        except RuntimeError:
-            # torch's handler of SIGCHLD raises once, for a worker that SIGTERM ended before it
-            # could handle the signal.
-            self._end_workers()
-        # A worker may have died with the lock of torch's event; torch, which sets the event before
-        # it drops the iterator, would wait forever. No worker reads the event now.
-        self.iterator._workers_done_event = threading.Event()
-        self.iterator = None  # A traceback that keeps this object must not keep the workers.
-
-    def _end_workers(self) -> None:
         for worker in self.workers:
             worker.terminate()
         end = time.monotonic() + CLOSING_SECONDS
@@ -735,17 +730,19 @@ class _WatchedIterator:
             worker.join(max(0.0, end - time.monotonic()))
             if worker.exitcode is None:  # In a call that handles no signals.
                 worker.kill()
+        # A worker may have ended while it held the lock of torch's event, and torch, which sets
+        # that event before it drops the iterator, would wait forever. No worker reads it now.
+        self.iterator._workers_done_event = threading.Event()
+        self.iterator = None  # A traceback may keep this object, and must not keep the workers.
 
 
 def _describe_exit(workers: list[BaseProcess]) -> str | None:
     """Return a sentence about a worker that died; None if none did."""
-    # A connection may break just before its worker ends, and torch's own handler may raise at that
-    # end, while we wait for it.
-    with suppress(RuntimeError):
-        ended = connection.wait([worker.sentinel for worker in workers], timeout=POLL_SECONDS)
-        for worker in workers:
-            if worker.sentinel in ended:
-                worker.join(timeout=POLL_SECONDS)
+    # A broken connection to a worker may be noticed just before its end.
+    ended = connection.wait([worker.sentinel for worker in workers], timeout=POLL_SECONDS)
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join(timeout=POLL_SECONDS)
     for worker in workers:
         if not (code := worker.exitcode):
             continue

@@ -14,17 +14,6 @@ from trainer.inference.results import (
 )
 
 __all__ = [
-    "Classification",
-    "Embedding",
-    "Graph",
-    "Model",
-    "OpenRun",
-    "Port",
-    "Sound",
-    "Speech",
-    "Transcript",
-    "Word",
-    "export",
-    "load",
-    "open_run",
-]
+    "Classification", "Embedding", "Graph", "Model", "OpenRun", "Port", "Sound", "Speech",
+    "Transcript", "Word", "export", "load", "open_run",
+]  # fmt: skip

@@ -392,7 +392,7 @@ def _training(run: Path) -> str:
 
 
 def _shortened(command: list[str]) -> list[str]:
-    """Return the words of a command with only the last parts of absolute paths."""
+    """Return the words of a command with absolute paths cut to their last parts."""
     words = list(command)
     for place, word in enumerate(words):
         if os.path.isabs(word):

@@ -15,16 +15,6 @@ from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.loggers.wandb import WandbLogger
 
 __all__ = [
-    "CsvLogger",
-    "JsonlLogger",
-    "Logger",
-    "LoggerCallback",
-    "MlflowLogger",
-    "ProgressBar",
-    "RunInfo",
-    "SampleLogger",
-    "TensorBoardLogger",
-    "TextLog",
-    "WandbLogger",
-    "loggers_of",
-]
+    "CsvLogger", "JsonlLogger", "Logger", "LoggerCallback", "MlflowLogger", "ProgressBar",
+    "RunInfo", "SampleLogger", "TensorBoardLogger", "TextLog", "WandbLogger", "loggers_of",
+]  # fmt: skip

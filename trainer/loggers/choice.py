@@ -97,7 +97,7 @@ def configuration(
 
     values: Mapping[str, Any] = {**hparams, **vars(options)}
     if (path := folder / HYPERPARAMS).exists():
-        with contextlib.suppress(ValueError):  # It may call functions that only its program allows.
+        with contextlib.suppress(ValueError):  # Only its program allows its functions.
             values = Settings(read(path, alone=True)[0], Registry()).values
     return dict(_flat(values))
 

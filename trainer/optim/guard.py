@@ -47,10 +47,7 @@ class Tracer:
     `trainer.defaults.tracers`.
     """
 
-    def begin_window(self) -> None:
-        """Called before the first batch of an accumulation window."""
-
-    def begin_batch(self, batch: Any, is_last: bool) -> None:
+    def begin_batch(self, batch: Any, is_last: bool, opens_window: bool) -> None:
         """Called before training on a batch; ``is_last`` is True for the last one of an epoch."""
 
     def skipped(self, report: StepReport, reports: Sequence[StepReport]) -> str:
@@ -246,7 +243,7 @@ class NonFiniteGuard:
             if each.kept is not None and each.name in state["buffers"]:
                 each.kept.copy_(state["buffers"][each.name])
                 each.version = -1
-        self._skipped, self._counted = state.get("spoilt", False), state.get("counted", False)
+        self._skipped, self._counted = state["spoilt"], state["counted"]
         self._losses = {name: list(window) for name, window in state.get("losses", {}).items()}
 
     def _bad_ids(self, name: str, ids: Callable[[], list[str]]) -> list[str]:

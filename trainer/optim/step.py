@@ -438,7 +438,7 @@ class WindowState:
         update = self._update
         update.drop_window()
         params = update.all_params
-        lead = state.get("lead", "")  # Missing in checkpoints of earlier versions.
+        lead = state["lead"]
         scaler = self._updates[lead].scaler if lead else update.scaler
         # A scaler has no scale before its first use.
         scaler.scale(torch.ones((), device=params[0].device))

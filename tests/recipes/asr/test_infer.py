@@ -3,9 +3,7 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 
 import trainer
 from recipes.asr import infer
@@ -13,40 +11,31 @@ from recipes.asr.scoring import Scores
 from recipes.asr.train import train
 from recipes.asr.transcriber import Transcriber
 from tests.recipes.asr.test_train import HPARAMS, TINY
-from trainer import cli, load_hparams
+from tests.recipes.common.speakers import sound
+from tests.recipes.small_runs import moved_run
+from trainer import load_hparams
 
 
 @pytest.fixture(scope="module")
 def run(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run, moved to where it was not made."""
     folder = tmp_path_factory.mktemp("made")
-    cli.main(
-        train,
-        [
-            str(HPARAMS / "fsdd.yaml"), "--output_folder", str(folder / "run"), *TINY,
-            "--data_folder", str(tones), "--corpus.strings", "{train: 12, valid: 4, test: 5}",
-            "--average_checkpoints", "2", "--checkpointer.keep_last", "2", "--opt_class.lr", "0.1",
-            "--batch_seconds", "60",
-        ],
+    return moved_run(
+        train, HPARAMS / "fsdd.yaml", folder, *TINY,
+        "--data_folder", str(tones), "--corpus.strings", "{train: 12, valid: 4, test: 5}",
+        "--average_checkpoints", "2", "--checkpointer.keep_last", "2", "--opt_class.lr", "0.1",
+        "--batch_seconds", "60",
     )  # fmt: skip
-    shutil.move(folder / "run", folder / "elsewhere")
-    return folder / "elsewhere"
-
-
-def sound(path: Path, seconds: float, rate: int, channels: int = 1) -> Path:
-    noise = np.random.default_rng(0).normal(0.0, 0.1, (round(seconds * rate), channels))
-    soundfile.write(path, noise, rate)
-    return path
 
 
 def test_every_rate_channel_and_length_is_transcribed(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [
-        sound(tmp_path / "one.wav", 1.0, 8000),
-        sound(tmp_path / "stereo.flac", 1.5, 44100, channels=2),
-        sound(tmp_path / "short.wav", 0.001, 16000),
-        sound(tmp_path / "two words.ogg", 2.0, 16000),
+        sound(tmp_path / "one.wav", 8000, 8000),
+        sound(tmp_path / "stereo.flac", 66150, 44100, channels=2),
+        sound(tmp_path / "short.wav", 16, 16000),
+        sound(tmp_path / "two words.ogg", 32000, 16000),
     ]
     assert infer.main([str(run), *map(str, files)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -73,7 +62,7 @@ def test_unusable_files_are_named_and_the_others_transcribed(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.wav").write_text("no sound at all")
-    good = sound(tmp_path / "good.wav", 1.0, 8000)
+    good = sound(tmp_path / "good.wav", 8000, 8000)
     missing = tmp_path / "missing.wav"
     assert infer.main([str(run), str(missing), str(tmp_path / "text.wav"), str(good)]) == 2
     told = capsys.readouterr()
@@ -86,7 +75,7 @@ def test_unusable_files_are_named_and_the_others_transcribed(
 def test_a_folder_that_is_no_run_is_told(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = str(sound(tmp_path / "good.wav", 1.0, 8000))
+    good = str(sound(tmp_path / "good.wav", 8000, 8000))
     assert infer.main([str(tmp_path), good]) == 2
     assert f"error: {tmp_path} is no run folder: it has no hyperparams.yaml" in (
         capsys.readouterr().err

@@ -33,6 +33,13 @@ def write(path: Path, signal: Tensor, rate: int = RATE) -> Path:
     return path
 
 
+def sound(path: Path, samples: int, rate: int, channels: int = 1, **kind: str) -> Path:
+    """A file of noise, of a kind that soundfile takes."""
+    noises = np.random.default_rng(0).normal(0.0, 0.1, (samples, channels))
+    soundfile.write(path, noises, rate, **kind)
+    return path
+
+
 def cut(path: Path, speaker: str = "ann") -> MonoCut:
     """A file as a cut of somebody's speech."""
     found = soundfile.info(path)

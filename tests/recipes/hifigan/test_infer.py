@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import soundfile
 import torch
@@ -13,7 +12,9 @@ from recipes.common.mel import LogMel, write_mel
 from recipes.hifigan import infer, vocoder
 from recipes.hifigan.train import HiFiGAN, train
 from recipes.hifigan.vocoder import Vocoder
+from tests.recipes.common.speakers import sound
 from tests.recipes.hifigan.test_train import HELD_OUT, HPARAMS, TINY, noises
+from tests.recipes.small_runs import moved_run
 from trainer import Stage, cli
 from trainer.checkpoint import Checkpointer
 
@@ -25,17 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = noises(folder / "data", number=6)
     given = ["--data_folder", str(data), *HELD_OUT, "--checkpointer.keep_last", "3",
              "--steps", "3", "--opt_g.lr", "0.01", "--segment", "8192"]  # fmt: skip
-    cli.main(
-        train, [str(HPARAMS / "v3.yaml"), "--output_folder", str(folder / "run"), *TINY, *given]
-    )
-    shutil.move(folder / "run", folder / "elsewhere")
-    return folder / "elsewhere"
-
-
-def sound(path: Path, samples: int, rate: int, channels: int = 1, **kind: str) -> Path:
-    noise = np.random.default_rng(0).normal(0.0, 0.1, (samples, channels))
-    soundfile.write(path, noise, rate, **kind)
-    return path
+    return moved_run(train, HPARAMS / "v3.yaml", folder, *TINY, *given)
 
 
 def made(run: Path, folder: Path, *files: Path) -> int:

@@ -1,6 +1,5 @@
 """Enhancing files with nothing but a run folder."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from recipes.segan.enhancer import SEGAN
 from recipes.segan.train import train
 from tests.recipes.common.speakers import RATE, noise, voice, write
 from tests.recipes.segan.test_train import HPARAMS, TINY, WARM
-from trainer import cli
+from tests.recipes.small_runs import moved_run
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +28,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             write(path, voice(1.0, number))
     for number in range(3):
         write(folder / "noise" / f"{number}.wav", 0.1 * noise(RATE, number))
-    cli.main(
-        train,
-        [
-            str(HPARAMS / "real.yaml"), "--output_folder", str(folder / "run"), *TINY, *WARM,
-            "--data_folder", str(folder / "speech"), "--noise_folder", str(folder / "noise"),
-            "--measures", "[stoi, si_snr]", "--steps", "2",
-        ],
+    return moved_run(
+        train, HPARAMS / "real.yaml", folder, *TINY, *WARM,
+        "--data_folder", str(folder / "speech"), "--noise_folder", str(folder / "noise"),
+        "--measures", "[stoi, si_snr]", "--steps", "2",
     )  # fmt: skip
-    shutil.move(folder / "run", folder / "elsewhere")
-    return folder / "elsewhere"
 
 
 def test_files_of_every_kind_come_out_as_they_were(

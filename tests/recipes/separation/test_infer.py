@@ -1,6 +1,5 @@
 """Files to tracks: rate and length, order from piece to piece, with a run folder alone."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType
@@ -18,8 +17,10 @@ from recipes.separation import infer, separator
 from recipes.separation.scoring import Scores
 from recipes.separation.separator import SpeechSeparator
 from recipes.separation.train import train
+from tests.recipes.common.speakers import sound
 from tests.recipes.separation.conftest import mixture_folder
 from tests.recipes.separation.test_train import HPARAMS, TINY
+from tests.recipes.small_runs import moved_run
 from trainer import Checkpointer, cli
 
 RATE = 8000
@@ -31,29 +32,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     for name in ("tr", "cv", "tt"):
         mixture_folder(folder / "2speakers" / "wav8k" / "min" / name, "mix")
-    cli.main(
-        train,
-        [str(HPARAMS / "wsj0mix.yaml"), "--output_folder", str(folder / "run"), *TINY["conv"],
-         "--data_folder", str(folder)],
-    )  # fmt: skip
-    shutil.move(folder / "run", folder / "elsewhere")
-    return folder / "elsewhere"
-
-
-def sound(path: Path, seconds: float, rate: int, channels: int = 1) -> Path:
-    noise = np.random.default_rng(0).normal(0.0, 0.1, (round(seconds * rate), channels))
-    soundfile.write(path, noise, rate)
-    return path
+    yaml = HPARAMS / "wsj0mix.yaml"
+    return moved_run(train, yaml, folder, *TINY["conv"], "--data_folder", str(folder))
 
 
 def test_tracks_have_the_rate_and_length_of_the_file(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [
-        sound(tmp_path / "one.wav", 1.0, 8000),
-        sound(tmp_path / "stereo.flac", 0.5, 44100, channels=2),
-        sound(tmp_path / "short.wav", 0.001, 16000),
-        sound(tmp_path / "two words.wav", 1.001, 11025),
+        sound(tmp_path / "one.wav", 8000, 8000),
+        sound(tmp_path / "stereo.flac", 22050, 44100, channels=2),
+        sound(tmp_path / "short.wav", 16, 16000),
+        sound(tmp_path / "two words.wav", 11036, 11025),
     ]
     out = tmp_path / "tracks"
     assert infer.main([str(run), *map(str, files), "-o", str(out)]) == 0
@@ -210,7 +200,7 @@ def test_pieces_are_joined_without_a_click(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [0.01, 12.0, 16.0, 16.01, 20.0, 29.3])
 def test_pieces_cover_a_file(tmp_path: Path, seconds: float) -> None:
-    path = sound(tmp_path / "long.wav", seconds, RATE)
+    path = sound(tmp_path / "long.wav", round(seconds * RATE), RATE)
     signal = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
     found, overlap = torch.empty(1, 0), round(separator.OVERLAP * RATE)
     for number, (piece, _) in enumerate(separator.pieces(Source(str(path)))):
@@ -225,7 +215,7 @@ def test_unusable_files_are_named_and_the_others_separated(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.wav").write_text("no sound at all")
-    good, missing = sound(tmp_path / "good.wav", 0.5, 8000), tmp_path / "missing.wav"
+    good, missing = sound(tmp_path / "good.wav", 4000, 8000), tmp_path / "missing.wav"
     given = [
         str(run),
         str(missing),
@@ -250,7 +240,7 @@ def test_no_half_tracks_are_left(tmp_path: Path) -> None:
             next(self.calls)
             return torch.stack([signal, signal])
 
-    path = sound(tmp_path / "long.wav", 40.0, RATE)
+    path = sound(tmp_path / "long.wav", 40 * RATE, RATE)
     with pytest.raises(RuntimeError):
         infer.separate_file(Failing(), path, tmp_path / ".")
     assert [each.name for each in tmp_path.iterdir()] == ["long.wav"]
@@ -259,7 +249,7 @@ def test_no_half_tracks_are_left(tmp_path: Path) -> None:
 def test_what_cannot_be_done_is_told(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = str(sound(tmp_path / "good.wav", 0.5, 8000))
+    good = str(sound(tmp_path / "good.wav", 4000, 8000))
     assert infer.main([str(tmp_path), good, "-o", str(tmp_path)]) == 2
     assert f"error: {tmp_path} is no run folder: it has no hyperparams.yaml" in (
         capsys.readouterr().err
@@ -326,7 +316,7 @@ def test_the_best_weights_are_taken_as_in_the_test(
 def test_no_track_overwrites_a_file_that_is_to_be_separated(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = [str(sound(tmp_path / name, 0.2, RATE)) for name in ("a.wav", "a_1.wav")]
+    files = [str(sound(tmp_path / name, RATE // 5, RATE)) for name in ("a.wav", "a_1.wav")]
     assert infer.main([str(run), *files, "-o", str(tmp_path)]) == 2
     told = f"a track of a would overwrite {files[1]}; choose another folder than {tmp_path}"
     assert told in capsys.readouterr().err

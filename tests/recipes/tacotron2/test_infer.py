@@ -9,8 +9,8 @@ import soundfile
 
 from recipes.tacotron2 import infer
 from recipes.tacotron2.train import train
+from tests.recipes.small_runs import moved_run
 from tests.recipes.tacotron2.test_train import HPARAMS, RECORDED, TINY
-from trainer import cli
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("PIL") is None, reason="needs the extra tts"
@@ -21,13 +21,10 @@ pytestmark = pytest.mark.skipif(
 def run(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run, moved to where it was not made."""
     folder = tmp_path_factory.mktemp("made")
-    given = [
-        str(HPARAMS / "ljspeech.yaml"), "--output_folder", str(folder / "run"), *TINY, *RECORDED,
+    return moved_run(
+        train, HPARAMS / "ljspeech.yaml", folder, *TINY, *RECORDED,
         "--data_folder", str(recorded), "--longest_text", "40",
-    ]  # fmt: skip
-    cli.main(train, given)
-    shutil.move(folder / "run", folder / "elsewhere")
-    return folder / "elsewhere"
+    )  # fmt: skip
 
 
 def test_a_text_becomes_the_same_sound_each_time(

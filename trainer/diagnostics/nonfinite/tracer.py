@@ -251,10 +251,9 @@ class NonFiniteTracer(Tracer):
         self._numbers: Counter[int] = Counter()  # Reports by step.
         self._outer: list[tuple[deque[KeptBatch], NonFiniteReport | None]] = []
 
-    def begin_window(self) -> None:
-        self._window.clear()
-
-    def begin_batch(self, batch: Any, is_last: bool) -> None:
+    def begin_batch(self, batch: Any, is_last: bool, opens_window: bool) -> None:
+        if opens_window:
+            self._window.clear()
         # The generators of Python and NumPy take longer to read than a small step, and few networks
         # use them.
         device = self._brain.device
