@@ -280,7 +280,7 @@ class Brain(SpeechBrainNames):
         constructor or in `on_fit_start`.
 
         Args:
-            stage: what the pass is for.
+            stage: TRAIN, VALID or TEST.
             epoch: current epoch; None in a test.
         """
 
@@ -1437,8 +1437,8 @@ class Brain(SpeechBrainNames):
         if self.progress.step == 0:
             if not self.__trains_with(self.__optimizers()):
                 logger.warning(
-                    "a hook has exchanged the optimizers while fit runs, which goes on with those "
-                    "of before: exchange them between two calls of fit, or change their groups"
+                    "a hook has replaced the optimizers during fit, which goes on with the old "
+                    "ones: replace them between two calls of fit, or change their groups"
                 )
             self.zero_grad()  # Gradients that an error in an earlier epoch, or the user, left.
             self.__metrics.begin_epoch()
@@ -1522,7 +1522,7 @@ class Brain(SpeechBrainNames):
             ids = ", ".join(self.batch_ids(self.__batch.batch)) or "without ids"
             raise ValueError(
                 f"epoch {self.progress.epoch}, batch {self.progress.step} ({ids}) has one value "
-                "per channel, of which batch norm can take no variance: leave out a short last "
+                "per channel, which has no variance for batch norm: leave out a short last "
                 "batch by drop_last=True in train_loader_kwargs, or choose another batch_size"
             ) from error
 

@@ -38,7 +38,7 @@ def pick_device(name: str) -> torch.device:
             raise ValueError(
                 f"device {name!r} asks for GPU {index}, but this machine has "
                 f"{found or 'no'} GPU{'s' if found != 1 else ''} that torch can use; "
-                "use --device cpu, or auto to take what there is"
+                "use --device cpu or auto"
             )
         return torch.device("cuda", index)
     try:

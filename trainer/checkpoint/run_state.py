@@ -476,11 +476,11 @@ class Saver:
         """Save a run that was asked to stop, if its state is complete. Collective."""
         if not self._checkpointer.enabled:
             return
-        said = "stopping (%s) without a new checkpoint; the same command goes on from the last"
+        said = "stopping (%s) without a new checkpoint; the same command resumes from the last"
         if stop.saves:
             self.save({}, end_of_epoch=False)
             self._save_finally()
-            said = "saved and stopping (%s); the same command goes on from here"
+            said = "saved and stopping (%s); the same command resumes from here"
         logger.info(said, stop.signal)
 
     @contextmanager
