@@ -42,7 +42,7 @@ def pick_device(name: str) -> torch.device:
             )
         return torch.device("cuda", index)
     try:
-        torch.ones(1, device=device).item()  # A meta tensor can be made, and not read.
+        torch.ones(1, device=device).item()  # A meta tensor cannot be read.
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]  # A list of backends may follow.
         raise ValueError(

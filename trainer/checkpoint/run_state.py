@@ -291,7 +291,7 @@ def _load(name: str, entry: StateEntry, state: Any) -> None:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Context manager that names the entry of a user's object that raises."""
+    """Context manager that adds the name of an entry to an exception of a user's object."""
     try:
         yield
     except Exception as error:

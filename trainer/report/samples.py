@@ -64,9 +64,9 @@ class Embedder:
 
 
 def read_file(folder: Path, name: object, most: int) -> tuple[str, bytes]:
-    """Return type and content of a sound or picture in a folder; none of any other file.
+    """Return type and content of a sound or picture in a folder; empty for any other file.
 
-    A file of more than ``most`` bytes is cut behind them and one more.
+    A longer file than ``most`` bytes is cut after ``most`` + 1.
     """
     path, content = folder / str(name), b""  # The name, read from a file, may be anything.
     kind, mark = TYPES.get(path.suffix, ("", b""))
