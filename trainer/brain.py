@@ -282,7 +282,7 @@ class Brain(SpeechBrainNames):
         constructor or in `on_fit_start`.
 
         Args:
-            stage: what the pass is for.
+            stage: TRAIN, VALID or TEST.
             epoch: current epoch; None in a test.
         """
 
@@ -505,8 +505,8 @@ class Brain(SpeechBrainNames):
 
         A `fit` may be called within a hook of another one: it trains the same weights, and the
         outer one then goes on exactly where it was, its open accumulation window included. A
-        request to stop waits for the outer one's next batch, after which it can resume. Where a
-        resumed run calls a hook once more, a `fit` within it does nothing.
+        request to stop waits for the outer one's next batch, after which it can resume. When a
+        resumed run calls a hook again, a `fit` within it does nothing.
 
         Args:
             epoch_counter: numbers of the epochs, such as ``range(1, 11)`` or an `EpochCounter`.
@@ -536,7 +536,7 @@ class Brain(SpeechBrainNames):
             self.driver(self, arguments)
             return
         if self.__depth and self.__state.restoring:
-            logger.info("a fit of a hook was over before the checkpoint: nothing to do")
+            logger.info("a fit in a hook ended before the checkpoint: nothing to do")
             return
         with self.__fitting() as stack:
             train, valid = self.__feeds(arguments)
@@ -1434,7 +1434,7 @@ class Brain(SpeechBrainNames):
         """Run the stage's hook, and prepare for the first batch.
 
         Returns:
-            True if a run resumes here, and the number of batches of the epoch, if it is known.
+            True if a run resumes here; and the number of batches of the epoch, None if unknown.
         """
         self.__modes.begin(self.__trained_parameters())
         self.on_stage_start(Stage.TRAIN, self.progress.epoch)
@@ -1442,21 +1442,21 @@ class Brain(SpeechBrainNames):
         if self.progress.step == 0:
             if not self.__trains_with(self.__optimizers()):
                 logger.warning(
-                    "a hook has exchanged the optimizers while fit runs, which goes on with those "
-                    "of before: exchange them between two calls of fit, or change their groups"
+                    "a hook has replaced the optimizers during fit, which goes on with the old "
+                    "ones: replace them between two calls of fit, or change their groups"
                 )
             self.zero_grad()  # Gradients that an error in an earlier epoch, or the user, left.
             self.__metrics.begin_epoch()
             self.progress.nonfinite_count = 0
             # Hooks may have added layers or loaded weights.
             connect(list(self.updates.values()), self.__named_parameters())
-            # A batch around a nested `fit` may have taken a step that is not yet in the average.
+            # The batch around a nested `fit` may have stepped before its update of the average.
             if self.__ema is not None and not (self.__ema.count or self.__batch.moved()):
                 self.__ema.restart(self.modules)
         resumed = self.__depth <= 1 and self.__state.training_started()
         if resumed:
             self.callbacks.call("on_resume", self)
-        # The data may be chosen by objects that were just restored.
+        # Restored objects may choose the data.
         return resumed, feed.begin(self.__data_epoch)
 
     def __updates_for(self, name: str | None) -> list[Update]:
@@ -1527,7 +1527,7 @@ class Brain(SpeechBrainNames):
             ids = ", ".join(self.batch_ids(self.__batch.batch)) or "without ids"
             raise ValueError(
                 f"epoch {self.progress.epoch}, batch {self.progress.step} ({ids}) has one value "
-                "per channel, of which batch norm can take no variance: leave out a short last "
+                "per channel, which has no variance for batch norm: leave out a short last "
                 "batch by drop_last=True in train_loader_kwargs, or choose another batch_size"
             ) from error
 
@@ -1881,7 +1881,7 @@ def _is_same_device(value: Any, device: torch.device) -> bool:
 
 
 def _names_of_ours(kind: type) -> set[str]:
-    """Return the names of a class that Python makes private to `Brain`, since it is called so."""
+    """Return names that Python makes private to `Brain`, in a class that is called Brain."""
     functions = [value for value in vars(kind).values() if isinstance(value, FunctionType)]
     own = [each for each in functions if each.__module__ != __name__]  # `fit = Brain.fit` is ours.
     used = chain(vars(kind), *(function.__code__.co_names for function in own))

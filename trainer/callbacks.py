@@ -96,7 +96,8 @@ class Callback:
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:
         """Called after a pass, with its average loss and metrics, which are equal on all ranks.
 
-        Runs on every rank; may call a collective. What it gives to `Brain.log` is of the next pass.
+        Runs on every rank; may call a collective. Its values for `Brain.log` belong to the next
+        pass.
 
         Args:
             brain: the Brain that runs.
@@ -322,5 +323,5 @@ class CallbackList:
 
 
 def _name(method: Callable[..., None]) -> str:
-    """Return the name of a method, which may also be any other object that can be called."""
+    """Return the name of a method or another callable."""
     return getattr(method, "__qualname__", repr(method))

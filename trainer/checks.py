@@ -104,9 +104,9 @@ def same_keys(owner: str, state: Mapping[str, Any], expected: Iterable[str]) -> 
 
 
 def warn_of_nonfinite(source: object, weights: Mapping[str, Any]) -> None:
-    """Warn of weights that were read and are not finite, as those of a run that went astray are.
+    """Warn of read weights that are not finite, as after a diverged run.
 
-    Tensors in which -inf alone is not finite are masks.
+    Tensors whose only non-finite value is -inf count as masks.
 
     Args:
         source: the file, folder or name that they were read from.
@@ -116,8 +116,8 @@ def warn_of_nonfinite(source: object, weights: Mapping[str, Any]) -> None:
     if bad:
         more = f" and {len(bad) - 1} more" if bad[1:] else ""
         logger.warning(
-            "%s: the weights %s%s are not finite (nan or inf), and nor is what is computed with "
-            "them: use another checkpoint or file", source, bad[0], more,
+            "%s: the weights %s%s are not finite (nan or inf), and nor are their results: use "
+            "another checkpoint or file", source, bad[0], more,
         )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def _is_bad(tensor: Tensor) -> bool:
     floats = tensor.is_floating_point() and tensor.itemsize > 1 or tensor.is_complex()
     if not floats or tensor.is_meta or tensor.layout != torch.strided:
         return False
-    # The sum tells it of almost all tensors in one pass; it may be beyond the range by itself.
+    # The sum settles almost all tensors in one pass; it may overflow itself.
     if tensor.detach().sum().isfinite():
         return False
     return not (tensor.isfinite() | (tensor == -math.inf)).all().item()

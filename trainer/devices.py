@@ -39,11 +39,11 @@ def pick_device(name: str) -> torch.device:
             raise ValueError(
                 f"device {name!r} asks for GPU {index}, but this machine has "
                 f"{found or 'no'} GPU{'s' if found != 1 else ''} that torch can use; "
-                "use --device cpu, or auto to take what there is"
+                "use --device cpu or auto"
             )
         return torch.device("cuda", index)
     try:
-        torch.ones(1, device=device).item()  # A meta tensor can be made, and not read.
+        torch.ones(1, device=device).item()  # A meta tensor cannot be read.
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = first_line(error).partition(". ")[0]  # A list of backends may follow.
         raise ValueError(

@@ -81,7 +81,7 @@ def mapping(data: bytes) -> dict[str, Any]:
 
 
 def read_mapping(folder: Path, path: Path) -> dict[str, Any]:
-    """Return the mapping in a JSON file that lies in a folder; an empty one for anything else."""
+    """Return the mapping in a JSON file in a folder; an empty one for anything else."""
     with suppress(OSError, ValueError):
         value = read(confined(folder, path))
         return value if isinstance(value, dict) else {}

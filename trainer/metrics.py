@@ -268,7 +268,7 @@ def as_weight(value: Any, what: str) -> float:
 
     Args:
         value: a number, or a tensor or array of one element; a tensor is read.
-        what: begins the message of an error, such as "count_examples returned".
+        what: beginning of error messages, such as "count_examples returned".
 
     Raises:
         ValueError: if it is negative, not finite, or no number.
@@ -416,7 +416,7 @@ class TrainingMetrics:
     def log(self, stage: str, name: str, value: float | Tensor, weight: float) -> None:
         """Add a value of `Brain.log` to the average of its name.
 
-        Outside of a stage, and once its averages were taken, the value is of the next one.
+        Outside a stage, and after its averages were taken, the value belongs to the next one.
         """
         means = self.logged.setdefault(stage if stage in self.logged else "", {})
         try:
@@ -435,7 +435,7 @@ class TrainingMetrics:
 
     @contextmanager
     def evaluation_logged(self, stage: str) -> Iterator[None]:
-        """Context manager around an evaluation, which a hook of another one may have called."""
+        """Context manager around an evaluation, which may be nested in a hook of another one."""
         outer = self.logged.get(stage)
         self.begin_logging(stage)
         try:

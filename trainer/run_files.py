@@ -1,4 +1,4 @@
-"""Files of a run folder that several packages read: the YAML, and where the checkpoints are."""
+"""Files of a run folder that several packages read: the YAML and the checkpoints."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def is_run(folder: Path) -> bool:
 def checkpoint_folders(run: Path, links: bool = False) -> Iterator[Path]:
     """Yield the folders of a run that hold checkpoints, or remains of them.
 
-    A program may keep these in any folder. Other runs below this one are left out.
+    A program may keep checkpoints in any folder. Other runs below this one are left out.
 
     Args:
         run: the run folder.
-        links: follow links to folders, and look `MAX_LEVELS` deep at most.
+        links: follow links to folders, at most `MAX_LEVELS` deep.
     """
     for place, folders, files in os.walk(run, followlinks=links):
         here = Path(place)

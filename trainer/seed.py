@@ -150,8 +150,8 @@ class StatefulGenerator:
 def as_stateful(value: Any) -> Any:
     """Wrap a random generator so that it has ``state_dict`` and ``load_state_dict``.
 
-    Accepts what `is_generator` accepts; returns None for anything else. The state of most of
-    NumPy's kinds is made of arrays.
+    Returns None for anything that `is_generator` refuses. The state of most NumPy bit generators
+    consists of arrays.
     """
     return StatefulGenerator(value) if is_generator(value) else None
 

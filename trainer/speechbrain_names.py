@@ -29,8 +29,8 @@ OPTIONS = (
     "optimizer_step_limit", "test_only", "profile_training",
 )  # fmt: skip
 
-# Those that take effect when a Brain is made, with the types of values that a recipe cannot set
-# as attributes later, since they may be meant so. Another value, such as a metric, is its own.
+# Options that take effect when a Brain is made, with the types of values that a recipe cannot set
+# later, since they may be meant as the option. Other values, such as a metric, are its own.
 SETTINGS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
         ("max_grad_norm", "grad_accumulation_factor", "nonfinite_patience", "skip_nonfinite_grads"),
@@ -52,7 +52,7 @@ class SpeechBrainNames:
     progress: Progress
     updates: dict[str, Update]
     optimizers_dict: Any = None
-    __added_steps = (0, 0)  # An epoch, and what a recipe has added in it.
+    __added_steps = (0, 0)  # An epoch, and the steps that a recipe has added in it.
 
     if not TYPE_CHECKING:  # mypy is to refuse these names
 
@@ -141,9 +141,9 @@ class SpeechBrainNames:
 
 
 def _average(brain: Brain) -> Any:
-    """Return the average of this rank's training losses of the epoch so far, by name if they are.
+    """Return the average of this rank's training losses of the epoch so far; 0.0 before the first.
 
-    It is 0.0 before the first.
+    Named losses give a mapping.
     """
     return brain.stateful()["metrics"].part.average.value() or 0.0
 

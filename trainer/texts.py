@@ -16,13 +16,13 @@ def number(value: float) -> str:
 
 
 def spread(values: Iterable[float | None], form: Callable[[float], str] = number) -> str:
-    """Return mean and standard deviation of the known values, such as "3.2 ± 0.1"; "" of none."""
-    from statistics import fmean, stdev  # Not at each start of a training.
+    """Return mean and standard deviation of the known values, such as "3.2 ± 0.1"; or ""."""
+    from statistics import fmean, stdev  # Here, to keep it out of the start of training.
 
     known = [each for each in values if each is not None and math.isfinite(each)]
     try:
         return " ± ".join(form(measure(known)) for measure in (fmean, stdev)[: len(known)])
-    except OverflowError:  # Of values near the largest float.
+    except OverflowError:  # For values near the largest float.
         return "too large"
 
 
@@ -34,7 +34,7 @@ def first_names(names: Iterable[str], most: int = 3, between: str = ", ") -> str
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind; libraries add pages."""
+    """Return the first line of an error's message, or its type; libraries may add pages."""
     line = str(error).strip().partition("\n")[0] or type(error).__name__
     return printable(line[:MAX_LINE])
 

@@ -509,7 +509,7 @@ def test_optimizers_that_cannot_be_taken_over_are_told(caplog: pytest.LogCapture
                 self.init_optimizers()
 
     make(Thawing).fit([1, 2], batches(2))
-    assert sum("a hook has exchanged the optimizers" in each for each in caplog.messages) == 1
+    assert sum("a hook has replaced the optimizers" in each for each in caplog.messages) == 1
     caplog.clear()
     brain = make()
     brain.fit([1], batches(2))

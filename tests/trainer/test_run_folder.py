@@ -236,7 +236,7 @@ def test_what_was_edited_by_hand_is_no_value_that_was_trained_with(
         main(fail, ["x/hyperparams.yaml", "--change_hparams"])
     assert "lr: 0.1 -> 0.3" in refused(capsys, "x/hyperparams.yaml")
     assert run(demo) == first
-    assert "x/hyperparams.yaml was edited by hand: it is written anew" in capsys.readouterr().err
+    assert "x/hyperparams.yaml was edited by hand: it is rewritten" in capsys.readouterr().err
     assert path.read_bytes() == written
     path.write_text(path.read_text().replace("lr: 0.1", "lr: 0.3"))
     assert main(train, ["x/hyperparams.yaml", "--change_hparams"])["lr"] == 0.3

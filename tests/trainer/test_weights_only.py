@@ -136,7 +136,7 @@ def test_a_resume_takes_the_newest_complete_one_and_no_other(tmp_path: Path) -> 
     assert found is not None
     assert found.step == 3
     best = checkpointer.find(min_key="wer")[0]
-    with pytest.raises(BrokenCheckpoint, match="00001 has weights alone, and nothing goes on from"):
+    with pytest.raises(BrokenCheckpoint, match="00001 has weights alone, and no run resumes from"):
         checkpointer.load_checkpoint(best)
     load_nearest(checkpointer, 1)  # As a replay does.
     assert thing.value == 3

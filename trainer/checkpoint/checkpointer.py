@@ -899,8 +899,8 @@ class Checkpointer:
         checkpoint = storage.read_manifest(path)
         if not checkpoint.complete:
             raise MissingCheckpoint(
-                f"{path} has weights alone, and nothing goes on from it: evaluate, trainer.load "
-                "and init_from take such a checkpoint"
+                f"{path} has weights alone, and no run resumes from it: use it with evaluate, "
+                "trainer.load or init_from"
             )
         rank, ranks = distributed.rank(), distributed.world_size()
         return checkpoint, self.read(checkpoint), storage.load_local(checkpoint, rank, ranks)
@@ -919,7 +919,7 @@ class Checkpointer:
             warnings.warn(
                 f"{checkpoint.path} was saved by {checkpoint.processes} processes and is restored "
                 f"by {distributed.world_size()}: what differs per process (random generators, "
-                "gradients of an unfinished accumulation window) starts anew",
+                "gradients of an unfinished accumulation window) starts over",
                 stacklevel=5,
             )
 

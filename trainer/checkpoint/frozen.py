@@ -124,7 +124,7 @@ def described(base: Any) -> tuple[str, dict[str, str]]:
         name, tensors = base.get("name"), dict(base["tensors"])
         if all(isinstance(text, str) for text in (name, *tensors, *tensors.values())):
             return str(name), tensors
-    raise ValueError("the checkpoint does not say what it has left out")
+    raise ValueError("the checkpoint does not list the weights that it left out")
 
 
 def sha256_of(tensors: Mapping[str, str]) -> str:

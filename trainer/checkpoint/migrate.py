@@ -24,7 +24,7 @@ def migrate(
 
 
 def complete(local: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the local state of a Brain with what format 1 and the first saves of format 2 lack."""
+    """Return the local state of a Brain, completed for format 1 and early saves of format 2."""
     lacking: dict[str, dict[str, Any]] = {
         "guard": {"spoilt": False, "counted": False},
         "metrics": {"waiting": []},

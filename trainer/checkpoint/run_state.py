@@ -291,7 +291,7 @@ def _load(name: str, entry: StateEntry, state: Any) -> None:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Context manager that names the entry of a user's object that raises."""
+    """Context manager that adds the name of an entry to an exception of a user's object."""
     try:
         yield
     except Exception as error:
@@ -476,11 +476,11 @@ class Saver:
         """Save a run that was asked to stop, if its state is complete. Collective."""
         if not self._checkpointer.enabled:
             return
-        said = "stopping (%s) without a new checkpoint; the same command goes on from the last"
+        said = "stopping (%s) without a new checkpoint; the same command resumes from the last"
         if stop.saves:
             self.save({}, end_of_epoch=False)
             self._save_finally()
-            said = "saved and stopping (%s); the same command goes on from here"
+            said = "saved and stopping (%s); the same command resumes from here"
         logger.info(said, stop.signal)
 
     @contextmanager

@@ -236,7 +236,7 @@ def _sweep(argv: list[str]) -> int:
     try:
         codes = sweep(recipe, planned)
     except signals.Interrupted as stop:
-        _say([f"stopped ({stop.signal}): the same command goes on"])
+        _say([f"stopped ({stop.signal}): the same command continues the sweep"])
         return signals.exit_code(stop.number)
     for folder, code in codes.items():
         print(f"{folder}: {'finished' if not code else f'exit code {code}'}")

@@ -57,8 +57,8 @@ NOTHING: tuple[int, list[tuple[str, int]]] = (0, [])  # `trained` before a train
 MAX_LOCK = 1000  # bytes of the lock file
 
 
-# Process, device and inode of the locks that this process holds. Such a lock ends as soon as the
-# process closes any handle of its file: a file that is locked here must not be opened again.
+# Process, device and inode of locks of this process. Such a lock ends when the process closes any
+# handle of its file: a locked file must not be opened again.
 _held: set[tuple[int, int, int]] = set()
 
 

@@ -450,8 +450,8 @@ def _record_start(
         return notes
     if folder.was_edited():
         notes.append(
-            f"{folder.path / HYPERPARAMS} was edited by hand: it is written anew, with the values "
-            "in force"
+            f"{folder.path / HYPERPARAMS} was edited by hand: it is rewritten with the "
+            "values in force"
         )
     header = LAUNCH_HEADER if argv is None else HEADER
     folder.record(hyperparameters.dump(), command, where, header, changes)

@@ -133,7 +133,7 @@ def tolerant_output() -> Iterator[None]:
 
 @contextmanager
 def recorded(folder: Path | None, names: Iterable[str]) -> Iterator[TextLog]:
-    """Context manager that yields train.log, into which `messages` go; output may fail in it.
+    """Context manager that yields train.log, and sends `messages` to it; output may fail.
 
     Nothing is written without a folder.
     """

@@ -408,8 +408,8 @@ def recipe_packages() -> tuple[str, ...]:
             if not hasattr(importlib.import_module(name), "__path__"):
                 raise ImportError("it is a module, and a recipe is a package")
             packages.append(name)
-        except Exception as error:  # It may be another author's, and breaks no other recipe.
-            # A distribution may declare recipes that it was installed without.
+        except Exception as error:  # Another author's recipe must not break the others.
+            # A distribution may declare recipes that are not installed.
             if not (isinstance(error, ModuleNotFoundError) and is_below(name, [str(error.name)])):
                 logger.warning(
                     "the recipe %s is left out, since its import fails: %s: %s",

@@ -65,7 +65,7 @@ from trainer.tree import plain_number
 logger = logging.getLogger("trainer.data")
 
 HUNG = "the loader's workers gave no batch"
-ADVICE = "fewer num_workers need less memory, and with 0 an error is seen where it happens"
+ADVICE = "fewer num_workers need less memory, and with 0 the error shows where it happens"
 POLL_SECONDS = 0.5  # Interval at which workers are checked.
 CLOSING_SECONDS = 1.0  # Time for workers to end after SIGTERM, before they are killed.
 TIMEOUT = 300.0  # Seconds after which a wait for a batch is an error.
@@ -646,8 +646,8 @@ class _WatchedIterator:
         self.workers: list[BaseProcess] = list(getattr(self.iterator, "_workers", []))
         if self.workers:  # DataLoader's own option would limit the start of an epoch, too.
             self.iterator._timeout = POLL_SECONDS
-            # torch's handler of SIGCHLD raises wherever Python is, which may be in a forward pass
-            # or a finalizer. A death is noticed by the next wait for a batch.
+            # torch's handler of SIGCHLD raises anywhere, such as in a forward pass or a finalizer.
+            # The next wait for a batch detects a death.
             if getattr(self.iterator, "_worker_pids_set", False):
                 torch._C._remove_worker_pids(id(self.iterator))
                 self.iterator._worker_pids_set = False
@@ -738,7 +738,7 @@ class _WatchedIterator:
 
 def _describe_exit(workers: list[BaseProcess]) -> str | None:
     """Return a sentence about a worker that died; None if none did."""
-    # A broken connection to a worker may be noticed just before its end.
+    # A connection may break just before its worker ends.
     ended = connection.wait([worker.sentinel for worker in workers], timeout=POLL_SECONDS)
     for worker in workers:
         if worker.sentinel in ended:

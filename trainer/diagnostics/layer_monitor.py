@@ -320,7 +320,7 @@ class LayerMonitor(Callback):
         self._loggers = next(loggers, None)
         if [meter.update for meter in self._meters.values()] == list(brain.updates.values()):
             return
-        # A recipe may exchange its optimizers between two calls of `fit`.
+        # A recipe may replace its optimizers between two calls of `fit`.
         kept = {meter.update: meter for meter in self._meters.values()}
         rate, known = brain.options.expected_clip_rate, list(brain.updates)
         self._meters = {

@@ -216,13 +216,13 @@ def _notebook_bar() -> Any:
 
 
 def _last_batch(brain: Brain, total: int | None) -> int | None:
-    """Return the batch at which an epoch ends, by itself or by ``optimizer_step_limit``.
+    """Return the last batch of an epoch, also by ``optimizer_step_limit``.
 
-    A step that is skipped puts the end off; the bar then goes beyond.
+    A skipped step delays that end; the bar then goes beyond it.
 
     Args:
         brain: the Brain, about to train.
-        total: batches of the epoch; None where unknown.
+        total: batches of the epoch; None if unknown.
     """
     if (limit := brain.options.optimizer_step_limit) is None:
         return total

@@ -60,7 +60,7 @@ def with_new_settings(
     }
     if changes and distributed.is_main():
         logger.warning(
-            "the optimizer %r goes on with other settings than it was saved with: %s",
+            "the optimizer %r resumes with other settings than it was saved with: %s",
             name, "; ".join(changes.values()),
         )  # fmt: skip
     groups = [_merged_group(each, *pair) for each, pair in zip(saved, built, strict=True)]

@@ -672,14 +672,14 @@ def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> 
         scaled.backward(retain_graph=retain_graph)
     except CheckpointError as error:
         raise ValueError(
-            f"optimize({name!r}): a checkpointed part was computed anew while the parameters of "
+            f"optimize({name!r}): a checkpointed part was recomputed while the parameters of "
             "other optimizers require no gradient. Compute the loss within frozen(…) with the "
             "names of these optimizers"
         ) from error
     except RuntimeError as error:
         if "none of output has requires_grad=True" in str(error):
             raise ValueError(
-                f"optimize({name!r}): a part under reentrant checkpointing was computed anew while "
+                f"optimize({name!r}): a part under reentrant checkpointing was recomputed while "
                 "the parameters of other optimizers require no gradient. Use use_reentrant=False, "
                 "and compute the loss within frozen(…) with the names of these optimizers"
             ) from error

@@ -64,13 +64,13 @@ class Embedder:
 
 
 def read_file(folder: Path, name: object, most: int) -> tuple[str, bytes]:
-    """Return type and content of a sound or picture in a folder; none of any other file.
+    """Return type and content of a sound or picture in a folder; empty for any other file.
 
-    A file of more than ``most`` bytes is cut behind them and one more.
+    A longer file than ``most`` bytes is cut after ``most`` + 1.
     """
-    path, content = folder / str(name), b""  # The name may be anything: it comes from a file.
+    path, content = folder / str(name), b""  # The name, read from a file, may be anything.
     kind, mark = TYPES.get(path.suffix, ("", b""))
-    # ValueError: it leads elsewhere, or has a NUL in its name.
+    # ValueError: the path leads elsewhere, or has a NUL.
     with suppress(OSError, ValueError), confined(folder, path).open("rb") as file:
         content = file.read(most + 1)
     return (kind, content) if kind and content.startswith(mark) else ("", b"")

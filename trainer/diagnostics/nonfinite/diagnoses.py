@@ -100,7 +100,7 @@ def _in_batch(batch: Any, ids: Sequence[str]) -> list[str]:
 
 
 def _bad_values(leaf: Any) -> Tensor | None:
-    """Return True for each value of a leaf that is NaN or infinite; None if none can be."""
+    """Return flags of the NaN and infinite values of a leaf; None if it cannot have any."""
     tensor = None if isinstance(leaf, int) else as_tensor(leaf)  # An int may exceed 64 bits.
     if tensor is None or not (tensor.is_floating_point() or tensor.is_complex()):
         return None
