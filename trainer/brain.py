@@ -350,6 +350,9 @@ class Brain(SpeechBrainNames):
         checkpointer: Any = None,
         callbacks: Iterable[Callback] = (),
     ) -> None:
+        _check_early(
+            self, hparams=hparams, modules=modules, opt_class=opt_class, checkpointer=checkpointer
+        )
         self.__ready = False
         if hparams is not None and not isinstance(hparams, Mapping):
             raise ValueError(
@@ -439,10 +442,6 @@ class Brain(SpeechBrainNames):
             if name == "device" and ready and _is_same_device(value, self.device):
                 return
             raise AttributeInUse(f"{type(self).__name__}.{name} cannot be set: {FIXED[name]}")
-        if name in OWN and ready is None:
-            raise AttributeInUse(
-                f"{type(self).__name__}.{name} is set by super().__init__(): set it afterwards"
-            )
         if ready and isinstance(value, SETTINGS.get(name, ())):
             raise AttributeInUse(
                 f"{type(self).__name__}.{name} cannot be set: it is a run option, which takes "
@@ -461,7 +460,7 @@ class Brain(SpeechBrainNames):
                 f"{value!r} cannot be set{' before it' if ready is None else ''}; choose another "
                 "name for the attribute"
             )
-        if name == "hparams" and isinstance(value, Mapping):
+        if name == "hparams" and ready is not None and isinstance(value, Mapping):
             value = SimpleNamespace(**value)
         elif name == "hparams" and ready is not None and not hasattr(value, "__dict__"):
             raise AttributeInUse(
@@ -1886,6 +1885,19 @@ def _names_of_ours(kind: type) -> set[str]:
     own = [each for each in functions if each.__module__ != __name__]  # `fit = Brain.fit` is ours.
     used = chain(vars(kind), *(function.__code__.co_names for function in own))
     return {f"__{name.removeprefix('_Brain__')}" for name in used if name.startswith("_Brain__")}
+
+
+def _check_early(brain: Brain, **given: Any) -> None:
+    """Raise AttributeInUse for attributes set before the constructor, which replaces them.
+
+    A subclass may set its arguments to read them there, if it gives them to the constructor, too.
+    """
+    for name in sorted(OWN & vars(brain).keys()):
+        if vars(brain)[name] is not None and given.get(name) is None:
+            raise AttributeInUse(
+                f"{type(brain).__name__}.{name} is set by super().__init__(): set it afterwards, "
+                "or give it as an argument if it is one"
+            )
 
 
 def _check_class_attribute(kind: type, name: str, value: Any) -> None:

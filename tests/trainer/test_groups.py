@@ -727,7 +727,7 @@ def test_settings_of_a_group_may_come_and_go_when_a_run_resumes(
     assert found[HEAD] == (None, 2.0, 9, 0.2)
     assert found["encoder.embed.bias"] == (None, None, None, 0.2)
     assert [HEAD in trains for _, trains, _ in brain.notes] == [False] * 3 + [True] * 3
-    told = next(m for m in caplog.messages if "goes on with other settings" in m)
+    told = next(m for m in caplog.messages if "resumes with other settings" in m)
     for part in ("lr_factor: 0.5 -> None", "max_grad_norm: None -> 2.0", "freeze_until: 2 -> 9"):
         assert part in told
 

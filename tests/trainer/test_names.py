@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.trainer.small import Players, Regressor, batches, everything, make, same
+from tests.trainer.small import Players, Regressor, batches, everything, make, net, same
 from trainer import Brain, Checkpointer
 from trainer.brain import ATTRIBUTES, FIXED, METHODS, OWN
 from trainer.speechbrain_names import OPTIONS, READ, SETTINGS
@@ -105,20 +106,34 @@ def test_setting_a_name_that_is_fixed_gets_a_sentence(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(OWN))
 def test_an_attribute_that_the_constructor_sets_is_not_lost(name: str) -> None:
     class Early(Regressor):
-        def __init__(self, *args: Any) -> None:
+        def __init__(self) -> None:
             setattr(self, name, {})
-            super().__init__(*args)
+            super().__init__()
 
     class Mixin:
         pass
 
     with pytest.raises(AttributeError, match=f"Early.{name} (is set by super|cannot be set: )"):
-        make(Early)
+        Early()
     with pytest.raises(AttributeError, match=f"Late.{name} cannot be set in a class: "):
         type("Late", (Regressor,), {name: {}})
     setattr(Mixin, name, {})
     with pytest.raises(AttributeError, match=f"Mixed.{name} cannot be set in a class: "):
         type("Mixed", (Mixin, Regressor), {})
+
+
+def test_arguments_may_be_set_before_the_constructor_gets_them(tmp_path: Path) -> None:
+    class Early(Regressor):
+        def __init__(self, modules: Any, opt_class: Any, hparams: Any, checkpointer: Any) -> None:
+            self.modules, self.opt_class, self.hparams = modules, opt_class, hparams
+            self.checkpointer, self.width = checkpointer, self.hparams["width"]
+            super().__init__(modules, opt_class, hparams, checkpointer=checkpointer)
+
+    given = Checkpointer(tmp_path)
+    brain = Early({"net": net()}, partial(torch.optim.SGD, lr=0.1), {"width": 3}, given)
+    brain.fit([1], batches(2))
+    assert (brain.width, brain.hparams.width, brain.checkpointer) == (3, 3, given)
+    assert given.list_checkpoints()
 
 
 def test_a_subclass_may_be_called_brain_but_for_private_names() -> None:

@@ -27,7 +27,7 @@ from recipes.finetune.pretrain import MaskedPrediction, export
 from recipes.finetune.train import train
 from tests.recipes.common.speakers import voice
 from tests.recipes.finetune.small import SMALL
-from trainer import cli
+from trainer import RunOptions, cli
 
 ROOT = Path(__file__).parents[3]
 HPARAMS = ROOT / "hparams" / "finetune"
@@ -238,7 +238,7 @@ def test_a_demo_that_is_stopped_waits_until_its_parts_have_saved(
     monkeypatch.setattr(demo.subprocess, "Popen", begin)
     monkeypatch.setattr(demo, "work", work)
     with pytest.raises(KeyboardInterrupt):
-        demo.run(SimpleNamespace(hparams=SETTINGS, folder=tmp_path))
+        demo.run(SimpleNamespace(hparams=SETTINGS, folder=tmp_path, options=RunOptions()))
     assert (tmp_path / "saved").exists()
 
 

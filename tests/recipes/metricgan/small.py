@@ -94,13 +94,14 @@ def make(
         "adversarial_weight": 1.0, "spectral_weight": 0.0, "variations": 0,
         "within_weight": 0.0, "opt_metric": None, "metric_layers": [],
         "opt_d": partial(torch.optim.Adam, lr=0.01), "opt_g": partial(torch.optim.Adam, lr=0.01),
-        "output_folder": str(folder or ""), **(hparams or {}),
+        **(hparams or {}),
     }  # fmt: skip
     run = {"device": "cpu", "progressbar": False, "seed": 5, "log_interval": 2, **options}
     if folder is not None:
         run["output_folder"] = str(folder)
     saved = None if folder is None else Checkpointer(folder / "saved", keep_last=1)
     made = brain(modules, hparams=own, run_opts=run, checkpointer=saved)
+    made.hparams.output_folder = str(folder or "")  # Of the tables of scores.
     made.judged_by(Ears(bad))
     return made
 
