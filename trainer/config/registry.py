@@ -160,10 +160,8 @@ class Registry:
             allowed.
     """
 
-    source, attribute = (
-        "a YAML",
-        "YAML_NAMES",
-    )  # in messages; list of names in packages
+    source = "a YAML"  # in messages
+    attribute = "YAML_NAMES"  # of packages: their list of names
 
     def __init__(self, allow: Iterable[str] = ()) -> None:
         self.downloads = False  # True if objects may download files while they are built.
