@@ -104,8 +104,8 @@ def _constant(text: str) -> Any:
 
 
 def _int(text: str) -> int:
-    if len(text) > MAX_DIGITS:
-        raise BadJson(f"a number has {len(text)} digits, more than {MAX_DIGITS}")
+    if (digits := len(text.lstrip("-"))) > MAX_DIGITS:
+        raise BadJson(f"a number has {digits} digits, more than {MAX_DIGITS}")
     return int(text)
 
 
