@@ -757,7 +757,7 @@ def test_a_sweep_that_is_stopped_goes_on(program: Path, number: signal.Signals) 
         time.sleep(0.1)
     process.send_signal(number)
     assert process.wait(30) == (143 if number is signal.SIGTERM else 130)
-    assert "the same command goes on" in log.read_text()
+    assert "the same command continues the sweep" in log.read_text()
     step = read_run(first).step
     assert (read_run(first).state, second.exists()) == ("stopped", False)
     assert step is not None
