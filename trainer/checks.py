@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from trainer.texts import first_names
 from trainer.tree import plain_number
 
 logger = logging.getLogger("trainer")
@@ -114,10 +115,9 @@ def warn_of_nonfinite(source: object, weights: Mapping[str, Any]) -> None:
     """
     bad = [name for name, each in weights.items() if isinstance(each, Tensor) and _is_bad(each)]
     if bad:
-        more = f" and {len(bad) - 1} more" if bad[1:] else ""
         logger.warning(
-            "%s: the weights %s%s are not finite (nan or inf), and nor are their results: use "
-            "another checkpoint or file", source, bad[0], more,
+            "%s: the weights %s are not finite (nan or inf), and nor are their results: use "
+            "another checkpoint or file", source, first_names(bad, 1),
         )  # fmt: skip
 
 
